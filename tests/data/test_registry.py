@@ -1,0 +1,164 @@
+"""mnist and cifar10 through tensorflow-datasets' own builders, from a server on this machine, without
+TensorFlow.
+
+The server has files of the original formats with fewer images: everything after the address is what users
+    run.
+"""
+
+import functools
+import gzip
+import http.server
+import importlib.util
+import io
+import struct
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from jaxgen import data
+
+TRAIN, TEST = 40, 20
+
+
+@pytest.fixture
+def images(request):
+    rng = np.random.default_rng(0)
+    return {
+        split: (rng.integers(0, 256, (n, *request.param), np.uint8), rng.integers(0, 10, n, np.uint8))
+        for split, n in (("train", TRAIN), ("test", TEST))
+    }
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A directory and the address under which its files are."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    directory = tmp_path / "served"
+    directory.mkdir()
+    handler = functools.partial(Quiet, directory=directory)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield directory, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def mnist(images, served, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    directory, address = served
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        pixels, labels = images[split]
+        header = struct.pack(">4i", 2051, len(pixels), 28, 28)
+        (directory / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pixels.tobytes()))
+        header = struct.pack(">2i", 2049, len(labels))
+        (directory / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes()))
+    builder = tfds.builder_cls("mnist")
+    monkeypatch.setattr(builder, "URL", address)
+    monkeypatch.setattr(builder, "url_infos", {})
+    module = sys.modules[builder.__module__]
+    monkeypatch.setattr(module, "_TRAIN_EXAMPLES", TRAIN)
+    monkeypatch.setattr(module, "_TEST_EXAMPLES", TEST)
+    return images
+
+
+@pytest.fixture
+def cifar10(images, served, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    directory, address = served
+    with tarfile.open(directory / "cifar-10-binary.tar.gz", "w:gz") as archive:
+
+        def add(name, content):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+        add("batches.meta.txt", "\n".join("abcdefghij").encode())
+        for split, count, name in (("train", 5, "data_batch_{}.bin"), ("test", 1, "test_batch.bin")):
+            pixels, labels = images[split]
+            rows = np.concatenate(
+                [labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(len(labels), -1)], axis=1
+            )
+            for part, chunk in enumerate(np.split(rows, count), start=1):
+                add(name.format(part), chunk.tobytes())
+    builder = tfds.builder_cls("cifar10")
+    original = builder._cifar_info.fget
+    monkeypatch.setattr(builder, "url_infos", {})
+    monkeypatch.setattr(
+        builder,
+        "_cifar_info",
+        property(lambda self: original(self)._replace(url=address + "cifar-10-binary.tar.gz")),
+    )
+    return images
+
+
+def check(name, images, directory):
+    shape = images["train"][0].shape[1:]
+    for split, (pixels, labels) in images.items():
+        arrays = data.load(name, split=split, data_dir=directory)
+        assert sorted(arrays) == ["image", "label"]
+        assert (arrays["image"].dtype, arrays["label"].dtype) == (np.uint8, np.int32)
+        assert arrays["image"].shape == (len(pixels), *shape)
+        # tensorflow-datasets stores them in an order of its own.
+        stored = {(image.tobytes(), int(label)) for image, label in zip(*arrays.values(), strict=True)}
+        assert stored == {(image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True)}
+    records = data.source(name, split="train", data_dir=directory, download=False)
+    arrays = data.load(name, split="train", data_dir=directory)
+    for of_step in (
+        data.batches(arrays, batch_size=16, seed=0),
+        data.stream(records, batch_size=16, seed=0),
+    ):
+        batch = of_step(7)
+        assert batch["image"].shape == (16, *shape)
+        assert batch["image"].dtype == np.float32
+        assert -1 <= batch["image"].min() < -0.9
+        assert 0.9 < batch["image"].max() <= 1
+        assert batch["label"].shape == (16,)
+        assert batch["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize("images", [(28, 28, 1)], indirect=True)
+def test_mnist_is_prepared_and_read_without_tensorflow(mnist, tmp_path):
+    assert importlib.util.find_spec("tensorflow") is None
+    check("mnist", mnist, tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("images", [(32, 32, 3)], indirect=True)
+def test_cifar10_is_prepared_and_read_without_tensorflow(cifar10, tmp_path):
+    check("cifar10", cifar10, tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("images", [(28, 28, 1)], indirect=True)
+def test_failed_download_names_the_data_set_and_the_directory(mnist, served, tmp_path):
+    (served[0] / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(
+        RuntimeError, match=rf"'mnist' could not be downloaded and prepared in {tmp_path}.*404"
+    ):
+        data.load("mnist", split="train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("images", [(28, 28, 1)], indirect=True)
+def test_tensorflow_datasets_is_left_as_it_was(mnist, tmp_path):
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.core.features import image_feature
+
+    before = extractor.tf, image_feature._ImageEncoder._encode_image
+    data.source("mnist", split="train", data_dir=tmp_path)
+    assert before == (extractor.tf, image_feature._ImageEncoder._encode_image)
+
+
+def test_what_only_tensorflow_can_do_is_refused_by_name():
+    from jaxgen.data.prepare import _StandIn
+
+    with pytest.raises(ImportError, match=r"calls tf.data: install tensorflow"):
+        _StandIn().data  # noqa: B018
