@@ -1,0 +1,136 @@
+"""Sampling: one `jax.lax.scan` over the rows of a table.
+
+The table is an argument like any other, so a compiled sampler serves every solver, number of steps, eta and grid of times whose
+tables have one shape (`pad` gives them one); `jax.vmap` compares samplers in one call, and `jax.grad` reaches the table as well as
+the start. Each row is a `jax.checkpoint`: the gradient through a sampler keeps one state per row, not one network's activations.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import checks, random
+from jaxgen.diffusion.path import Path
+from jaxgen.typing import Array, ArrayLike, Denoiser, Key, Table
+
+
+def prior(
+    key: Key, path: Path, time: float | Array, shape: Sequence[int], *, dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """The start of sampling: noise of the path's standard deviation at ``time``.
+
+    Args:
+        key: a single key, or [batch] keys, one per example. The same key may be given to `sample`: their draws differ.
+        path: the Gaussian path.
+        time: where sampling starts, ``times[0]``, in [0, path.t_max].
+        shape: [batch, ...].
+        dtype: floating dtype of the state.
+
+    Returns:
+        An array of ``shape``; example i depends on (key, i) alone.
+
+    Raises:
+        ValueError: the time is out of range, or ``shape`` is empty.
+        TypeError: ``key`` is not a typed key.
+    """
+    if len(shape) < 1:
+        raise ValueError("`shape` must hold the batch as its first axis, got an empty shape")
+    checks.interval("time", time, 0.0, path.t_max)
+    keys = random.fold(random.keys_for(key, shape[0]), 0)
+    eps = random.normal(keys, shape[1:], dtype)
+    return (path.sigma(jnp.asarray(time, jnp.promote_types(dtype, jnp.float32))) * eps).astype(dtype)
+
+
+def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int = 1) -> Array:
+    """Runs a sampler from the state ``x``.
+
+    Args:
+        key: a single key, or [batch] keys, one per example; deterministic tables do not use it.
+        denoise: ``(x [batch, ...], t [batch]) -> x0``.
+        table: the sampler, from `ddim`, `ddpm`, `euler`, `heun`, `dpmpp_2m` or hands of your own.
+        x: [batch, ...], the state at the table's first time, such as `prior` draws; floating.
+        unroll: rows per iteration of the scan, at least 1.
+
+    Returns:
+        The state after the last row, of the shape and dtype of ``x``. Example i depends on (key, i) and x[i] alone, if the
+        denoiser treats examples apart.
+
+    Raises:
+        ValueError: the table's shapes, or that of the denoiser's output, do not fit.
+        TypeError: ``x`` is not floating, or ``key`` not a typed key.
+
+    >>> from jaxgen import diffusion
+    >>> path = diffusion.edm()
+    >>> table = diffusion.dpmpp_2m(path, diffusion.karras_times(path, 10))
+    >>> x = diffusion.prior(jax.random.key(0), path, table.times[0], (4, 2))
+    >>> diffusion.sample(jax.random.key(0), lambda x, t: jnp.zeros_like(x), table, x).shape  # all data at 0
+    (4, 2)
+    """
+    buffer, _ = _scan(key, denoise, table, x, unroll, keep=False)
+    return buffer[0]
+
+
+def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int = 1) -> Array:
+    """Runs a sampler as `sample` does and keeps every state.
+
+    Args:
+        key: as in `sample`.
+        denoise: as in `sample`.
+        table: as in `sample`.
+        x: as in `sample`.
+        unroll: as in `sample`.
+
+    Returns:
+        [rows + 1, batch, ...]: the start, then the state after each row. Between the two evaluations of a two-stage solver
+        the state is its predictor's.
+
+    Raises:
+        ValueError: as in `sample`.
+        TypeError: as in `sample`.
+    """
+    _, states = _scan(key, denoise, table, x, unroll, keep=True)
+    return jnp.concatenate([x[None], states])
+
+
+def _scan(
+    key: Key, denoise: Denoiser, table: Table, x: Array, unroll: int, *, keep: bool
+) -> tuple[tuple[Array, ...], Array | None]:
+    checks.floating("x", x)
+    checks.rank_at_least("x", x, 1)
+    checks.positive_integer("unroll", unroll)
+    batch = x.shape[0]
+    keys = random.keys_for(key, batch)
+    clock = jnp.promote_types(x.dtype, jnp.float32)
+    times, weights = jnp.asarray(table.times, clock), jnp.asarray(table.weights, clock)
+    slots = weights.shape[1] if weights.ndim == 3 else 0
+    checks.shape("table.times", times, (None,))
+    checks.shape("table.weights", weights, (times.shape[0], slots, slots + 2))
+
+    def evaluate(state: Array, time: Array) -> Array:
+        x0 = denoise(state, jnp.full((batch,), time))
+        checks.same_shape("denoise(x, t)", x0, "x", x)
+        return x0.astype(x.dtype)
+
+    def draw(row: Array) -> Array:
+        return random.normal(random.fold(keys, row + 1), x.shape[1:], x.dtype)
+
+    def step(buffer: tuple[Array, ...], row: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
+        index, time, weight = row
+        # A row that ignores the denoiser (padding) or the noise (deterministic solvers) does not pay for it.
+        x0 = jax.lax.cond(
+            jnp.any(weight[:, slots] != 0), evaluate, lambda state, _: jnp.zeros_like(state), buffer[0], time
+        )
+        eps = jax.lax.cond(jnp.any(weight[:, slots + 1] != 0), draw, lambda _: jnp.zeros_like(x), index)
+        terms = (*buffer, x0, eps)
+        # Sums of products, elementwise: a dot would run in bfloat16 on a TPU.
+        buffer = tuple(
+            sum(weight[i, j] * term for j, term in enumerate(terms)).astype(x.dtype)  # type: ignore[union-attr]
+            for i in range(slots)
+        )
+        return buffer, buffer[0] if keep else None
+
+    start = (x, *(jnp.zeros_like(x) for _ in range(slots - 1)))
+    rows = (jnp.arange(times.shape[0]), times, weights)
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rows, unroll=unroll)
