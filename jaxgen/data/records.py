@@ -184,8 +184,8 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Callable[[],
             place = os.path.join(root or tfds.core.constants.DATA_DIR, str(name))
             if "File format is already set" in cause:
                 raise ValueError(
-                    f"data set {name!r} in {place} was prepared in a file format that only TensorFlow reads. "
-                    "Give another `data_dir`, or delete that directory to have it prepared as array_record"
+                    f"data set {name!r} in {place} was prepared in a file format that only TensorFlow "
+                    "reads. Give another `data_dir`, or delete that directory to have it prepared as array_record"
                 ) from error
             raise RuntimeError(
                 f"data set {name!r} cannot be opened ({cause}). If there is such a version and configuration, "

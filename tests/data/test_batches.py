@@ -94,14 +94,15 @@ def test_processes_share_one_global_batch(make, count):
 
 
 def test_order_is_the_same_in_another_process_and_version():
-    # The one golden number here: a resumed run must go on with these batches whatever is upgraded meanwhile.
-    code = "import numpy as np; from jaxgen import data; print(data.batches({'x': np.arange(10)},
-    batch_size=10, seed=7)(2)['x'])" out = subprocess.run([sys.executable, "-c", code], capture_output=True,
-    text=True, check=True).stdout raw = np.random.Philox(key=np.array([7, 2], np.uint64)).random_raw(10)
-    np.testing.assert_array_equal(data.batches({"x": np.arange(10)}, batch_size=10, seed=7)(2)["x"],
-    np.argsort(raw)) assert out.strip() == GOLDEN
+    # The one golden number here: a resumed run goes on with these batches whatever is upgraded meanwhile.
+    code = f"import numpy as np; from jaxgen import data; print({TEN}(2)['x'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    raw = np.random.Philox(key=np.array([7, 2], np.uint64)).random_raw(10)
+    np.testing.assert_array_equal(eval(TEN)(2)["x"], np.argsort(raw))
+    assert out.strip() == GOLDEN
 
 
+TEN = "data.batches({'x': np.arange(10)}, batch_size=10, seed=7)"
 GOLDEN = "[6 7 8 4 0 1 5 3 9 2]"
 
 
@@ -127,9 +128,15 @@ def test_batches_are_copies():
 def test_options_out_of_range_are_refused(make):
     for options, message in [
         ({"batch_size": 0}, r"`batch_size` must be an integer of at least 1, got 0"),
-        ({"batch_size": 8, "process_count": 3}, r"`batch_size` must be a multiple of `process_count`, 3, got
-        8"), ({"batch_size": 8, "process_index": 2, "process_count": 2}, r"`process_index` must lie in \[0,
-        2\), got 2"), ({"batch_size": 8, "seed": -1}, r"`seed` must not be negative, got -1"),
+        (
+            {"batch_size": 8, "process_count": 3},
+            r"`batch_size` must be a multiple of `process_count`, 3, got 8",
+        ),
+        (
+            {"batch_size": 8, "process_index": 2, "process_count": 2},
+            r"`process_index` must lie in \[0, 2\), got 2",
+        ),
+        ({"batch_size": 8, "seed": -1}, r"`seed` must not be negative, got -1"),
         ({"batch_size": 8, "seed": 2**32}, r"`seed` must lie in \[0, 2\^32\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -164,8 +171,9 @@ def test_stream_reads_what_load_holds(digits_dir):
     whole = data.stream(records, batch_size=len(records), seed=0, transform=lambda batch: batch)(3)
 
     def pairs(batch):
-        return sorted((image.tobytes(), int(label)) for image, label in zip(batch["image"], batch["label"],
-        strict=True))
+        return sorted(
+            (image.tobytes(), int(label)) for image, label in zip(batch["image"], batch["label"], strict=True)
+        )
 
     assert pairs(whole) == pairs(arrays)
 

@@ -30,7 +30,7 @@ def test_argument_is_left_alone():
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError, match="`images` must be uint8, got dtype float32"):
         data.to_unit(np.zeros(3, np.float32))
-    with pytest.raises(TypeError, match="`images` must be floating-point .*got dtype uint8"):
+    with pytest.raises(TypeError, match=r"`images` must be floating-point .*got dtype uint8"):
         data.to_uint8(np.zeros(3, np.uint8))
     with pytest.raises(TypeError, match="got dtype complex64"):
         data.to_uint8(np.zeros(3, np.complex64))
