@@ -185,11 +185,12 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Callable[[],
             if "File format is already set" in cause:
                 raise ValueError(
                     f"data set {name!r} in {place} was prepared in a file format that only TensorFlow "
-                    "reads. Give another `data_dir`, or delete that directory to have it prepared as array_record"
+                    "reads. Give another `data_dir`, or delete that directory to have it "
+                    "prepared as array_record"
                 ) from error
             raise RuntimeError(
-                f"data set {name!r} cannot be opened ({cause}). If there is such a version and configuration, "
-                f"then {place} is damaged: delete it and load the data set again"
+                f"data set {name!r} cannot be opened ({cause}). If there is such a version and "
+                f"configuration, then {place} is damaged: delete it and load the data set again"
             ) from error
 
     return make
