@@ -2,7 +2,7 @@
 
 Orbax does the work (``CheckpointManager``), and this is the only module that names it. What is added is what
 a long run needs besides: refusals before any work is done, and errors of one line that say where, which step
-    and what to do.
+and what to do.
 
 A save is a directory ``N.orbax-checkpoint-tmp`` that is renamed to ``N`` when it is complete. So a step that
 has a name is whole, and a process killed in the middle of a save leaves the steps before it as they were.
@@ -69,8 +69,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
+                create=False,
             ),
         )
         self._read_only = read_only
@@ -90,22 +89,21 @@ class Checkpoints:
             error.add_note(f"besides: {closing}")  # the first error is the one to show
 
     def steps(self) -> list[int]:
-        """The steps that are there and whole, ascending; one being saved is not among them yet."""
+        """The steps that are there and whole, ascending; waits for the save under way, as ``wait`` does."""
+        self.wait()
         if self._read_only:
             self._manager.reload()  # another process adds and deletes them
-        under_way = self._saving if self._manager.is_saving_in_progress() else None
-        return sorted(int(step) for step in self._manager.all_steps() if step != under_way)
+        return sorted(int(step) for step in self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """The newest step that is there, or None."""
+        """The newest of ``steps``, or None."""
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any) -> None:
         """Saves ``state`` as ``step``, in the background.
 
-        The state has been copied when this returns: it may be donated at once. A save still under way is
-            waited for
-        first.
+        The state may be donated, and arrays of NumPy overwritten, as soon as this returns. A save that is still
+        under way is waited for first.
 
         Args:
             step: greater than every step that is there.
@@ -114,25 +112,21 @@ class Checkpoints:
 
         Raises:
             ValueError: ``step`` is not greater than the latest.
-            RuntimeError: this save could not be begun, or the one before, which ran in the background,
-                failed.
+            RuntimeError: this save could not be begun, or the one before failed in the background.
         """
         step = operator.index(step)
         if self._read_only:
             raise ValueError(f"cannot save step {step}: {self.directory} was opened with `read_only`")
-        self.wait()
         latest = self.latest()
+        # Orbax would return without a word and without having saved.
         if step < 0 or (latest is not None and step <= latest):
-            raise ValueError(
-                f"`step` must be greater than the latest in {self.directory}, {latest}, got {step}"
-                if step >= 0
-                else f"`step` must not be negative, got {step}"
-            )
-        self._saving = step
+            floor = "-1" if latest is None else f"the latest in {self.directory}, {latest}"
+            raise ValueError(f"`step` must be greater than {floor}, got {step}")
         try:
             self._manager.save(step, args=self._args.StandardSave(state))
         except Exception as error:
             raise self._failed(step, error) from error
+        self._saving = step
 
     def wait(self) -> None:
         """Waits for the save under way, if any.
@@ -140,14 +134,16 @@ class Checkpoints:
         Raises:
             RuntimeError: it failed.
         """
-        step, self._saving = self._saving, None
-        if step is None:
+        if self._saving is None:
             return
+        step = self._saving
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
+            self._saving = None
             raise self._failed(step, error) from error
+        self._saving = None
 
     def close(self) -> None:
         """Waits for the save under way and gives up the threads; the object is of no use afterwards.

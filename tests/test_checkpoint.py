@@ -238,7 +238,7 @@ def test_steps_that_orbax_would_skip_in_silence_are_refused(tmp_path):
                 ValueError, match=rf"`step` must be greater than the latest in .*, 5, got {step}"
             ):
                 checkpoints.save(step, make_state())
-        with pytest.raises(ValueError, match="`step` must not be negative, got -1"):
+        with pytest.raises(ValueError, match=r"`step` must be greater than .*, got -1"):
             checkpoints.save(-1, make_state())
         assert_same(checkpoints.restore(make_state()), make_state(5))
 
@@ -284,7 +284,7 @@ if sys.argv[2] != "close":
 """
 
 
-@pytest.mark.parametrize("call", ["wait", "close", "save"])
+@pytest.mark.parametrize("call", ["wait", "close", "save", "latest"])
 def test_failure_in_the_background_is_told_by_the_next_call(tmp_path, call):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -300,6 +300,23 @@ def test_failure_in_the_background_is_told_by_the_next_call(tmp_path, call):
     assert len(lines) <= 2
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == ([1] if call == "close" else [1, 4])
+
+
+def test_state_that_cannot_be_saved_is_told_and_the_next_is_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(RuntimeError, match=rf"saving step 1 in {tmp_path} failed .*Unsupported type"):
+            checkpoints.save(1, {"w": object()})
+            checkpoints.wait()
+        checkpoints.save(2, make_state(2))
+        assert_same(checkpoints.restore(make_state()), make_state(2))
+
+
+def test_host_arrays_may_be_overwritten_as_soon_as_save_returns(tmp_path):
+    host = np.zeros((1000, 1000))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"host": host})
+        host[:] = 1
+        np.testing.assert_array_equal(checkpoints.restore({"host": host})["host"], 0)
 
 
 def test_unwritable_directories_are_refused_before_any_work(tmp_path):
