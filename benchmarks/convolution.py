@@ -1,11 +1,12 @@
 """Gradients of convolutions inside a loop against outside: ``python -m benchmarks.convolution``.
 
-Both sides do the same step, a convolution's gradients with respect to image and kernel followed by a small update; one side as a
-program of its own, the other as the body of a ``fori_loop``. The runs are interleaved and each number is the median over
-repeats of the time per step. The requirement on CPU: the library's convolution in a loop takes at most 1.3 times
-what ``lax.conv_general_dilated`` takes outside one. For comparison the last column puts the latter itself in the loop.
+Both sides do the same step, a convolution's gradients with respect to image and kernel followed by a small
+update; one side as a program of its own, the other as the body of a ``fori_loop``. The runs are interleaved
+and each number is the median over repeats of the time per step. The requirement on CPU: the library's
+convolution in a loop takes at most 1.3 times what ``lax.conv_general_dilated`` takes outside one. For
+comparison the last column puts the latter itself in the loop.
 
-Two cores of Zen 4, both idle, jax 0.10.2: see RESULTS at the end of this file.
+RESULTS
 """
 
 import argparse
@@ -92,19 +93,25 @@ def measure(shape: Shape, repeats: int, with_native_loop: bool) -> dict[str, flo
 
 def main() -> None:
     """Prints one line per shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-native-loop", action="store_true", help="leave the slow column out")
     arguments = parser.parse_args()
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {arguments.repeats} repeats, milliseconds per step")
-    print(f"{'batch x size x size x channels -> features / stride':52}{'plain':>8}{'ours':>8}{'in loop':>9}{'in loop : plain':>17}{'native in loop : plain':>24}")
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device}, {arguments.repeats} repeats, milliseconds per step")
+    print(
+        f"{'':40}{'plain':>8}{'ours':>8}{'in loop':>9}{'in loop : plain':>17}{'native in loop : plain':>24}"
+    )
     for shape in SHAPES:
         times = measure(shape, arguments.repeats, not arguments.no_native_loop)
         plain = times["plain"]
-        label = f"{shape.batch} x {shape.size} x {shape.size} x {shape.channels} -> {shape.features} / {shape.stride}"
+        image = f"{shape.batch} x {shape.size} x {shape.size} x {shape.channels}"
+        label = f"{image} -> {shape.features} / {shape.stride}"
         last = f"{times['native in loop'] / plain:24.2f}" if "native in loop" in times else ""
         print(
-            f"{label:52}{1e3 * plain:8.1f}{1e3 * times['ours plain']:8.1f}{1e3 * times['ours in loop']:9.1f}"
+            f"{label:40}{1e3 * plain:8.1f}{1e3 * times['ours plain']:8.1f}{1e3 * times['ours in loop']:9.1f}"
             f"{times['ours in loop'] / plain:17.2f}{last}"
         )
 

@@ -3,7 +3,8 @@
     omega_i = max_period^(-i / (d/2 - freq_shift)),    i = 0 .. d/2 - 1                            (1)
     embedding(t) = (sin(omega t), cos(omega t))                                                    (2)
 
-Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); for diffusion Ho et al. 2020 (https://arxiv.org/abs/2006.11239).
+Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); for diffusion Ho et al. 2020
+(https://arxiv.org/abs/2006.11239).
 """
 
 import math
@@ -45,7 +46,9 @@ def time_embedding(
     checks.shape("t", t, (None,))
     half = features // 2
     if features % 2 or half <= freq_shift:
-        raise ValueError(f"`features` must be even and more than 2 * `freq_shift` = {2 * freq_shift:g}, got {features}")
+        raise ValueError(
+            f"`features` must be even and more than 2 * `freq_shift` = {2 * freq_shift:g}, got {features}"
+        )
     rates = jnp.exp(-math.log(max_period) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
     angles = jnp.asarray(t, jnp.float32)[:, None] * rates
     waves = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
@@ -55,11 +58,11 @@ def time_embedding(
 class LabelEmbedding(nn.Module):
     """A learned vector per class, and one more for no class: index ``num_classes`` is the null class.
 
-    Train with a share of labels replaced by ``num_classes`` and the network is conditional and unconditional at once,
-    as classifier-free guidance needs it (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+    Train with a share of labels replaced by ``num_classes`` and the network is conditional and unconditional
+    at once, as classifier-free guidance needs it (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
-    ``apply(params, labels [batch] int) -> [batch, features]``. Labels outside [0, num_classes] are not looked at while
-    tracing and give NaN.
+    ``apply(params, labels [batch] int) -> [batch, features]``. Labels outside [0, num_classes] are not
+    looked at while tracing and give NaN.
 
     Attributes:
         num_classes: at least 1.
@@ -75,6 +78,8 @@ class LabelEmbedding(nn.Module):
         checks.positive_integer("num_classes", self.num_classes)
         checks.shape("labels", labels, (None,))
         if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-            raise TypeError(f"`labels` must be integers in [0, {self.num_classes}], got dtype {jnp.result_type(labels)}")
+            raise TypeError(
+                f"`labels` must be integers in [0, {self.num_classes}], got dtype {jnp.result_type(labels)}"
+            )
         table = self.param("embedding", normal(1.0), (self.num_classes + 1, self.features))
         return table.at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -1,14 +1,15 @@
 """Initialisation in seconds: one flat random draw, sliced and scaled, for all parameters of a network.
 
-Flax's ``module.init`` runs the network and draws each parameter by itself: for a U-Net of 36 million parameters that
-is 27 seconds. ``init`` traces the network abstractly instead. While it does so the initialisers below answer with a box that
-says how the leaf is distributed, then
+Flax's ``module.init`` runs the network and draws each parameter by itself: for a U-Net of 36 million
+parameters that is 27 seconds. ``init`` traces the network abstractly instead. While it does so the
+initialisers below answer with a box that says how the leaf is distributed, then
 
-    leaf_i = std_i * z[offset_i : offset_i + size_i],      z ~ N(0, I) of all sizes together,                    (1)
+    leaf_i = std_i * z[offset_i : offset_i + size_i],      z ~ N(0, I) of all sizes together,
+       (1)
 
-in one compiled program that depends on the shapes alone. Leaves of other initialisers (plain Flax modules inside a user's
-network, collections other than 'params') are computed by the module's own ``init``, compiled, from which the
-compiler removes everything that they do not need.
+in one compiled program that depends on the shapes alone. Leaves of other initialisers (plain Flax modules
+inside a user's network, collections other than 'params') are computed by the module's own ``init``,
+compiled, from which the compiler removes everything that they do not need.
 """
 
 import math
@@ -35,7 +36,7 @@ _abstract: ContextVar[bool] = ContextVar("jaxgen_abstract_initialisation", defau
 
 
 class _Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A leaf that is known by its distribution, N(mean, std^2); lifted transforms (scan, vmap) only change its shape."""
+    """A leaf known by its distribution, N(mean, std^2); lifted transforms (scan, vmap) change its shape only."""
 
     value: Any
     mean: float = struct.field(pytree_node=False)
@@ -101,10 +102,13 @@ def normal(std: float) -> Initialiser:
 def variance_scaling(
     scale: float = 1.0, *, mode: str = "fan_in", in_axis: int = -2, out_axis: int = -1
 ) -> Initialiser:
-    """An initialiser: normal entries of variance ``scale`` / fan (He et al. 2015, https://arxiv.org/abs/1502.01852).
+    """An initialiser: normal entries of variance ``scale`` / fan.
+
+    He et al. 2015 (https://arxiv.org/abs/1502.01852).
 
     Args:
-        scale: at least 0; 1 keeps the variance through a linear layer, 2 through a layer followed by ReLU, 0 gives zeros.
+        scale: at least 0; 1 keeps the variance through a linear layer, 2 through a layer followed by ReLU, 0
+            gives zeros.
         mode: 'fan_in', 'fan_out' or 'fan_avg', where a fan counts the channels times the kernel's taps.
         in_axis: the axis of input channels.
         out_axis: the axis of output channels. All other axes are taps.
@@ -128,19 +132,21 @@ class _Leaf(NamedTuple):
 def init(module: nn.Module, key: Key, *args: Any, **kwargs: Any) -> Params:
     """Draws a network's parameters: the distributions of ``module.init``, in a fraction of its time.
 
-    A pure function of (module, key, shapes of the arguments); may itself be compiled, with output shardings if the
-    parameters are to be born on several devices. Compiles inside (Eq. 1 is one program, the leaves of foreign initialisers
-    another), whether or not the caller does. The numbers are not those of ``module.init``.
+    A pure function of (module, key, shapes of the arguments); may itself be compiled, with output shardings
+    if the parameters are to be born on several devices. Compiles inside (Eq. 1 is one program, the leaves of
+    foreign initialisers another), whether or not the caller does. The numbers are not those of
+    ``module.init``.
 
     Args:
-        module: a Flax linen module. Convolutions, normalisations and embeddings of ``jaxgen.nets`` take the fast way; so do
-            Flax's modules that are given the initialisers of this file.
+        module: a Flax linen module. Convolutions, normalisations and embeddings of ``jaxgen.nets`` take the
+            fast way; so do Flax's modules that are given the initialisers of this file.
         key: a single key.
         *args: arguments of the module's call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
         **kwargs: likewise.
 
     Returns:
-        The dictionary of variables, ``{'params': ...}``, as ``module.init`` would return it: ``module.apply`` takes it.
+        The dictionary of variables, ``{'params': ...}``, as ``module.init`` would return it:
+        ``module.apply`` takes it.
 
     Raises:
         TypeError: ``key`` is not a typed key.
@@ -167,13 +173,15 @@ def init(module: nn.Module, key: Key, *args: Any, **kwargs: Any) -> Params:
     drawn_key, foreign_key = jax.random.split(key)
     values: dict[int, Array] = {}
     if ours:
-        specs = [_Leaf(leaves[i].value.shape, leaves[i].value.dtype, leaves[i].mean, leaves[i].std) for i in ours]
+        specs = [
+            _Leaf(leaves[i].value.shape, leaves[i].value.dtype, leaves[i].mean, leaves[i].std) for i in ours
+        ]
         values.update(zip(ours, _draw(drawn_key, leaves=tuple(specs)), strict=True))
     if len(ours) < len(leaves):
         others = [i for i in range(len(leaves)) if i not in values]
-        computed = jax.jit(lambda key: [leaf for i, leaf in enumerate(jax.tree.leaves(own(key))) if i in others])(
-            foreign_key
-        )
+        computed = jax.jit(
+            lambda key: [leaf for i, leaf in enumerate(jax.tree.leaves(own(key))) if i in others]
+        )(foreign_key)
         values.update(zip(others, computed, strict=True))
     return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])
 

@@ -1,20 +1,20 @@
 """Normalisation: float32 statistics in one pass over the images, and no running averages.
 
-Mean and variance come from one pass. The textbook E[x^2] - E[x]^2 loses all digits when the mean is large against
-the standard deviation, so moments are taken about a shift c that is some value of the very channel (any value does, and
-the result does not depend on it, so no gradient flows through it):
+Mean and variance come from one pass. The textbook E[x^2] - E[x]^2 loses all digits when the mean is large
+against the standard deviation, so moments are taken about a shift c that is some value of the very channel
+(any value does, and the result does not depend on it, so no gradient flows through it):
 
     d = x - c,    mean = c + E[d],    var = E[d^2] - E[d]^2        per channel                     (1)
 
-Channels then merge into groups, batches into a data set and devices into a batch by the law of total variance, which
-subtracts nothing large:
+Channels then merge into groups, batches into a data set and devices into a batch by the law of total
+variance, which subtracts nothing large:
 
     mean = E[mean_i],    var = E[var_i] + E[(mean_i - mean)^2]                                     (2)
 
 GroupNorm: Wu & He 2018 (https://arxiv.org/abs/1803.08494). BatchNorm: Ioffe & Szegedy 2015
-(https://arxiv.org/abs/1502.03167), with its statistics for inference computed afterwards as in "precise BN" (Wu & Johnson
-2021, https://arxiv.org/abs/2105.07576) and SWA: running averages are a second state beside the parameters, lag behind
-them and belong to no EMA of them.
+(https://arxiv.org/abs/1502.03167), with its statistics for inference computed afterwards as in "precise BN"
+(Wu & Johnson 2021, https://arxiv.org/abs/2105.07576) and SWA: running averages are a second state beside the
+parameters, lag behind them and belong to no EMA of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +34,9 @@ _STATISTICS, _MOMENTS = "batch_stats", "batch_moments"
 
 def _channel_moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Eq. 1 over ``axes``, which are kept with length 1; x in float32."""
-    shift = lax.stop_gradient(x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))])
+    shift = lax.stop_gradient(
+        x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
+    )
     centred = x - shift
     first, second = jnp.mean(centred, axes, keepdims=True), jnp.mean(centred**2, axes, keepdims=True)
     return shift + first, jnp.maximum(second - first**2, 0.0)
@@ -43,7 +45,8 @@ def _channel_moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 class GroupNorm(nn.Module):
     """Normalises each image by its groups of channels, then scales, shifts and, if asked, applies SiLU.
 
-    Statistics are float32 whatever ``dtype``. Parameters: ``scale`` [channels] (ones), ``bias`` [channels] (zeros).
+    Statistics are float32 whatever ``dtype``. Parameters: ``scale`` [channels] (ones), ``bias`` [channels]
+    (zeros).
 
     ``apply(params, x [batch, ..., channels]) -> [batch, ..., channels]`` in ``dtype``.
 
@@ -74,7 +77,9 @@ class GroupNorm(nn.Module):
         means, variances = _channel_moments(x, tuple(range(1, x.ndim - 1)))
         grouped = (*means.shape[:-1], self.groups, channels // self.groups)
         mean = jnp.mean(means.reshape(grouped), -1, keepdims=True)  # Eq. 2
-        variance = jnp.mean(variances.reshape(grouped) + (means.reshape(grouped) - mean) ** 2, -1, keepdims=True)
+        variance = jnp.mean(
+            variances.reshape(grouped) + (means.reshape(grouped) - mean) ** 2, -1, keepdims=True
+        )
 
         def spread(a: Array) -> Array:
             return jnp.broadcast_to(a, grouped).reshape(means.shape)
@@ -87,10 +92,11 @@ class BatchNorm(nn.Module):
     """Normalises each channel by the batch; by fixed statistics where the variables carry them.
 
     ``{'params': ...}`` is the only state while training: then the batch's own mean and (biased) variance are
-    used and nothing is kept. Variables from ``calibrate`` carry a collection 'batch_stats' besides, and with it each
-    image's result depends on that image alone.
+    used and nothing is kept. Variables from ``calibrate`` carry a collection 'batch_stats' besides, and with
+    it each image's result depends on that image alone.
 
-    Statistics are float32 whatever ``dtype``. Parameters: ``scale`` [channels] (ones), ``bias`` [channels] (zeros).
+    Statistics are float32 whatever ``dtype``. Parameters: ``scale`` [channels] (ones), ``bias`` [channels]
+    (zeros).
 
     ``apply(params, x [batch, ..., channels]) -> [batch, ..., channels]`` in ``dtype``.
 
@@ -114,7 +120,8 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", constant(0.0), (channels,)).astype(jnp.float32)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.has_variable(_STATISTICS, "mean"):
-            mean, variance = self.get_variable(_STATISTICS, "mean"), self.get_variable(_STATISTICS, "var")
+            mean: Array = self.get_variable(_STATISTICS, "mean")
+            variance: Array = self.get_variable(_STATISTICS, "var")
         else:
             mean, variance = self._moments(x)
         return ((x - mean) * (lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
@@ -135,18 +142,18 @@ class BatchNorm(nn.Module):
 def calibrate(apply: Callable[..., Any], params: Params, batches: Iterable[Any]) -> Params:
     """Computes the statistics that BatchNorm normalises by at inference, in one pass over data.
 
-    Every batch is normalised by itself, as in training. Each BatchNorm's statistics are then the exact mean and (biased)
-    variance of all that entered it during the pass: Eq. 2 over the batches, each weighted by its number of values. For a
-    single batch, inference gives what training gave on that batch. Call it for the very parameters that will be used,
-    their EMA included.
+    Every batch is normalised by itself, as in training. Each BatchNorm's statistics are then the exact mean
+    and (biased) variance of all that entered it during the pass: Eq. 2 over the batches, each weighted by
+    its number of values. For a single batch, inference gives what training gave on that batch. Call it for
+    the very parameters that will be used, their EMA included.
 
     Args:
-        apply: the network, called as ``apply(params, x, mutable='batch_moments')``: Flax's own ``module.apply``, compiled
-            or not (``jax.jit(module.apply, static_argnames='mutable')``), or a function around it that passes ``mutable`` on
-            and returns what comes back.
+        apply: the network, called as ``apply(params, x, mutable='batch_moments')``: Flax's own
+            ``module.apply``, compiled or not (``jax.jit(module.apply, static_argnames='mutable')``), or a
+            function around it that passes ``mutable`` on and returns what comes back.
         params: the dictionary of variables, ``{'params': ...}``. Statistics already there are ignored.
-        batches: what the network takes, one batch at a time: x, or a tuple of the arguments after ``params``. The batches need
-            not have one size.
+        batches: what the network takes, one batch at a time: x, or a tuple of the arguments after
+            ``params``. The batches need not have one size.
 
     Returns:
         ``params`` with the collection 'batch_stats' added (or replaced).

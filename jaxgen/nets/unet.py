@@ -1,15 +1,16 @@
-"""The U-Net of diffusion models: residual blocks and attention at falling and rising resolution, with skips across.
+"""The U-Net of diffusion models: residual blocks and attention at falling and rising resolution.
 
-DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239) and, with ``scale_shift``, ADM (Dhariwal & Nichol 2021,
-https://arxiv.org/abs/2105.05233). With h the image's features and e the embedding of time and class, a block is
+DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239) and, with ``scale_shift``, ADM (Dhariwal & Nichol
+2021, https://arxiv.org/abs/2105.05233). With h the image's features and e the embedding of time and class, a
+block is
 
     h' = conv_0(silu(norm_0(h)))
     h' = norm_1(h' + W e)              additive (DDPM)                                             (1)
     h' = norm_1(h') (1 + W_s e) + W_b e     scale and shift (ADM)                                  (2)
     block(h) = shortcut(h) + conv_1(dropout(silu(h')))                                             (3)
 
-The convolution that follows each doubling of the image is folded into it (``upsample_convolve``): the same numbers in 16/36 of
-the work.
+The convolution that follows each doubling of the image is folded into it (``upsample_convolve``): the same
+numbers in 16/36 of the work.
 """
 
 from collections.abc import Callable
@@ -114,35 +115,40 @@ class UNet(nn.Module):
     ``apply(params, x [batch, height, width, channels], t [batch], labels [batch] int = None)
     -> [batch, height, width, out_channels]`` in float32 (or wider, if ``dtype`` is).
 
-    Height and width must be multiples of 2^(len(multipliers) - 1). The levels lie at sizes height, height / 2, ...; which of them
-    attend depends on ``attention`` and so the parameters depend on the size that ``init`` saw.
+    Height and width must be multiples of 2^(len(multipliers) - 1). The levels lie at sizes height, height /
+    2, ...; which of them attend depends on ``attention`` and so the parameters depend on the size that
+    ``init`` saw.
 
-    Dropout acts exactly when ``apply`` is given ``rngs={'dropout': key}``; example i's mask is drawn from (key, i) alone.
+    Dropout acts exactly when ``apply`` is given ``rngs={'dropout': key}``; example i's mask is drawn from
+    (key, i) alone.
 
-    Raises at trace time: TypeError for integer ``x`` or non-integer ``labels``; ValueError for sizes that do not divide, a ``t``
-    that is not [batch], labels missing although ``num_classes`` is set or given although it is not.
+    Raises at trace time: TypeError for integer ``x`` or non-integer ``labels``; ValueError for sizes that do
+    not divide, a ``t`` that is not [batch], labels missing although ``num_classes`` is set or given although
+    it is not.
 
     Attributes:
         out_channels: of the output.
         channels: of the first level.
         multipliers: of ``channels``, one per level.
         blocks: residual blocks per level going down; one more going up.
-        attention: the image heights at whose levels each block is followed by attention. The middle attends too, unless
-            this is empty.
+        attention: the image heights at whose levels each block is followed by attention. The middle attends
+            too, unless this is empty.
         heads: attention heads.
         head_dim: channels per head; instead of ``heads``.
         num_classes: labels lie in [0, num_classes], the last being the null class; None for no labels.
         dropout: in [0, 1).
         scale_shift: Eq. 2 (ADM) instead of Eq. 1 (DDPM).
-        time_scale: multiplies t; 1000 for paths whose time runs over [0, 1], as the embedding expects DDPM's steps.
+        time_scale: multiplies t; 1000 for paths whose time runs over [0, 1], as the embedding expects DDPM's
+            steps.
         upsample: (x, kernel) -> the convolution of x doubled; replace it to try another one.
         groups: of all GroupNorms.
         zero_init: whether the last convolution of each residual branch, and of the network, starts at zero.
         dtype: what the arithmetic is done in, statistics and softmax excepted; parameters stay float32.
 
-    >>> model = UNet(out_channels=1, channels=32, multipliers=(1, 2), blocks=1, attention=(4,), num_classes=10)
+    >>> from jaxgen import nets
+    >>> model = nets.UNet(out_channels=1, channels=32, multipliers=(1, 2), blocks=1, num_classes=10)
     >>> x, t, labels = jnp.zeros((2, 8, 8, 1)), jnp.array([0.0, 999.0]), jnp.array([3, 10])
-    >>> params = init(model, jax.random.key(0), x, t, labels)
+    >>> params = nets.init(model, jax.random.key(0), x, t, labels)
     >>> model.apply(params, x, t, labels).shape
     (2, 8, 8, 1)
     """
@@ -178,7 +184,9 @@ class UNet(nn.Module):
                 skips.append(h)
             if level < len(levels) - 1:
                 padding = ((0, 1), (0, 1))
-                h = Conv(features, strides=2, padding=padding, dtype=self.dtype, name=f"down_{level}_sample")(h)
+                h = Conv(features, strides=2, padding=padding, dtype=self.dtype, name=f"down_{level}_sample")(
+                    h
+                )
                 skips.append(h)
 
         h = self._block("middle_block_0", h.shape[-1])(h, embedding)
@@ -188,7 +196,9 @@ class UNet(nn.Module):
 
         for level, features in reversed(levels):
             for i in range(self.blocks + 1):
-                h = self._stage(f"up_{level}", i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding)
+                h = self._stage(
+                    f"up_{level}", i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding
+                )
             if level > 0:
                 h = _Upsample(self.upsample, self.dtype, name=f"up_{level}_sample")(h)
 
@@ -201,7 +211,9 @@ class UNet(nn.Module):
         embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves)
         embedding = _dense(4 * self.channels, self.dtype, "time_1")(nn.silu(embedding))
         if labels is not None and self.num_classes is not None:
-            embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(self.dtype)
+            embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(
+                self.dtype
+            )
         return embedding
 
     def _stage(self, prefix: str, i: int, features: int, h: Array, embedding: Array) -> Array:
@@ -229,7 +241,11 @@ class UNet(nn.Module):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout:g}")
         if (labels is None) != (self.num_classes is None):
-            came, expected = ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
-            raise ValueError(f"`labels` must be {expected} when `num_classes` is {self.num_classes}, got {came}")
+            came, expected = (
+                ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
+            )
+            raise ValueError(
+                f"`labels` must be {expected} when `num_classes` is {self.num_classes}, got {came}"
+            )
         if labels is not None:
             checks.shape("labels", labels, (x.shape[0],))
