@@ -57,8 +57,8 @@ def convolve(
     checks.positive_integer("groups", groups)
     if kernel.shape[2] * groups != x.shape[3] or kernel.shape[3] % groups:
         raise ValueError(
-            f"`kernel` must have shape [any, any, {x.shape[3]} / {groups}, a multiple of {groups}] for `x` of "
-            f"shape {list(x.shape)} and `groups` = {groups}, got {list(kernel.shape)}"
+            f"`kernel` must have shape [any, any, {x.shape[3]} / {groups}, a multiple of {groups}] for `x` "
+            f"of shape {list(x.shape)} and `groups` = {groups}, got {list(kernel.shape)}"
         )
     x_size, kernel_size = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
     strides, dilation = _pair("strides", strides), _pair("dilation", dilation)

@@ -36,7 +36,7 @@ _abstract: ContextVar[bool] = ContextVar("jaxgen_abstract_initialisation", defau
 
 
 class _Box(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A leaf known by its distribution, N(mean, std^2); lifted transforms (scan, vmap) change its shape only."""
+    """A leaf known by its distribution, N(mean, std^2); lifted transforms (scan) change its shape only."""
 
     value: Any
     mean: float = struct.field(pytree_node=False)

@@ -1,5 +1,4 @@
-"""The convolution as a trilinear form: three primitives that are fast inside loops and one another's
-transposes.
+"""The convolution as a trilinear form: three primitives, fast inside loops, one another's transposes.
 
 XLA:CPU runs the gradients of ``lax.conv_general_dilated`` 3 to 57 times slower inside ``scan``,
 ``fori_loop`` and ``while_loop`` than outside (compare jax-ml/jax#12868). The gradients arrive as
@@ -142,8 +141,14 @@ def _to_kernel(x: Array, y: Array, *, form: Form, plain: bool) -> Array:
 
 def _primitive(name: str, native: Callable[..., Array], plain: Callable[..., Array]) -> Primitive:
     primitive = Primitive(name)
-    # Outside jit each call compiles by itself, as every operation of JAX does.
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("form",)))
+    compiled = jax.jit(primitive.bind, static_argnames=("form",))
+
+    def evaluate(a: Array, b: Array, *, form: Form) -> Array:
+        # Outside jit each call compiles by itself, as every operation of JAX does, jax.disable_jit or not.
+        with jax.disable_jit(False):
+            return compiled(a, b, form=form)
+
+    primitive.def_impl(evaluate)
     # Shapes, dtypes, shardings and varying axes are those of the convolution that will run.
     primitive.def_abstract_eval(
         lambda a, b, *, form: jax.make_jaxpr(partial(native, form=form))(a, b).out_avals[0]
@@ -162,11 +167,10 @@ to_kernel_p = _primitive(
 
 
 def bind(primitive: Primitive, a: Array, b: Array, form: Form) -> Array:
-    """Binds; inside shard_map an operand that is the same on all devices is first made varying, as in all of
-    lax.
+    """Binds; inside shard_map an operand that is the same on all devices is first made varying.
 
-    That step's own transpose is the sum over devices, without which gradients of shared parameters would be
-    partial.
+    So does all of lax. That step's own transpose is the sum over devices, without which gradients of shared
+    parameters would be partial.
     """
     varying = [jax.typeof(operand).manual_axis_type.varying for operand in (a, b)]
     for_both = varying[0] | varying[1]

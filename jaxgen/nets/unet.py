@@ -45,6 +45,7 @@ class _Block(nn.Module):
     dropout: float
     scale_shift: bool
     zero_init: bool
+    axis_name: str | None
     dtype: Any
 
     @nn.compact
@@ -61,7 +62,7 @@ class _Block(nn.Module):
         else:
             h = GroupNorm(groups=self.groups, silu=True, dtype=self.dtype, name="norm_1")(h + told)
         if self.dropout > 0 and self.has_rng("dropout"):
-            keys = jaxgen_random.example_keys(self.make_rng("dropout"), h.shape[0])
+            keys = jaxgen_random.example_keys(self.make_rng("dropout"), h.shape[0], axis_name=self.axis_name)
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, h.shape[1:]))(keys)
             h = jnp.where(keep, h / (1 - self.dropout), 0).astype(h.dtype)
         h = Conv(self.features, dtype=self.dtype, kernel_init=_last(self.zero_init), name="conv_1")(h)
@@ -143,13 +144,14 @@ class UNet(nn.Module):
         upsample: (x, kernel) -> the convolution of x doubled; replace it to try another one.
         groups: of all GroupNorms.
         zero_init: whether the last convolution of each residual branch, and of the network, starts at zero.
+        axis_name: the mapped axis of pmap or shard_map over which the batch is split, if any (for dropout).
         dtype: what the arithmetic is done in, statistics and softmax excepted; parameters stay float32.
 
     >>> from jaxgen import nets
     >>> model = nets.UNet(out_channels=1, channels=32, multipliers=(1, 2), blocks=1, num_classes=10)
     >>> x, t, labels = jnp.zeros((2, 8, 8, 1)), jnp.array([0.0, 999.0]), jnp.array([3, 10])
     >>> params = nets.init(model, jax.random.key(0), x, t, labels)
-    >>> model.apply(params, x, t, labels).shape
+    >>> jax.jit(model.apply)(params, x, t, labels).shape
     (2, 8, 8, 1)
     """
 
@@ -167,6 +169,7 @@ class UNet(nn.Module):
     upsample: Callable[[Array, Array], Array] = upsample_convolve
     groups: int = 32
     zero_init: bool = True
+    axis_name: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -222,7 +225,14 @@ class UNet(nn.Module):
 
     def _block(self, name: str, features: int) -> _Block:
         return _Block(
-            features, self.groups, self.dropout, self.scale_shift, self.zero_init, self.dtype, name=name
+            features,
+            self.groups,
+            self.dropout,
+            self.scale_shift,
+            self.zero_init,
+            self.axis_name,
+            self.dtype,
+            name=name,
         )
 
     def _attend(self, name: str) -> _Attention:

@@ -128,6 +128,8 @@ def test_outside_jit_and_in_a_scan():
         jax.random.normal(jax.random.key(0), (2, 4, 4, 3)),
         jax.random.normal(jax.random.key(1), (3, 3, 3, 3)),
     )
+    with jax.disable_jit():
+        assert_close(convolve(x, k), jax.jit(convolve)(x, k))
     scanned, _ = lax.scan(lambda x, k: (jnp.tanh(convolve(x, k)), None), x, jnp.stack([k, -k]))
     assert_close(scanned, jnp.tanh(convolve(jnp.tanh(convolve(x, k)), -k)))
 
@@ -279,7 +281,7 @@ def test_folded_upsampling_is_upsampling_then_convolving():
         return convolve(x.repeat(2, axis=1).repeat(2, axis=2), k)
 
     assert_close(upsample_convolve(x, k), plain(x, k))
-    assert_close(gradients(upsample_convolve)(x, k), gradients(plain)(x, k))
+    assert_close(jax.jit(gradients(upsample_convolve))(x, k), jax.jit(gradients(plain))(x, k))
 
 
 def test_modules_keep_float32_parameters_and_compute_in_dtype():

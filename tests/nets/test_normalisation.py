@@ -25,7 +25,9 @@ def batch_norm(x, mean, var, eps=1e-5):
 def test_group_norm(offset, silu):
     rng = np.random.default_rng(0)
     # The channels of a group have means of their own: what Eq. 2 adds to the variance.
-    x = jnp.asarray(rng.normal(size=(3, 5, 4, 12)) * rng.uniform(0.5, 2, 12) + rng.normal(size=12) + offset, jnp.float32)
+    x = jnp.asarray(
+        rng.normal(size=(3, 5, 4, 12)) * rng.uniform(0.5, 2, 12) + rng.normal(size=12) + offset, jnp.float32
+    )
     scale, bias = rng.normal(size=(2, 12))
     module = GroupNorm(groups=3, eps=1e-3, silu=silu)
     y = module.apply({"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}, x)
@@ -41,8 +43,12 @@ def test_group_norm_gradient():
         params = {"params": {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)}}
         reference = nn.GroupNorm(num_groups=4, use_fast_variance=False)
         ours = GroupNorm(groups=4, dtype=jnp.float64)
-        gradients = [jax.grad(lambda x, m=m: jnp.sum(jnp.sin(m.apply(params, x))))(x) for m in (ours, reference)]
-    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)  # parameters and statistics: float32 at least
+        gradients = [
+            jax.grad(lambda x, m=m: jnp.sum(jnp.sin(m.apply(params, x))))(x) for m in (ours, reference)
+        ]
+    np.testing.assert_allclose(
+        *gradients, rtol=1e-5, atol=1e-7
+    )  # parameters and statistics: float32 at least
 
 
 def test_statistics_are_float32_whatever_the_dtype():
@@ -131,7 +137,9 @@ def test_batch_norm_sees_the_whole_batch_across_devices():
     params = init(module, jax.random.key(0), x)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    split = jax.jit(jax.shard_map(lambda x: module.apply(params, x), mesh=mesh, in_specs=spec, out_specs=spec))
+    split = jax.jit(
+        jax.shard_map(lambda x: module.apply(params, x), mesh=mesh, in_specs=spec, out_specs=spec)
+    )
     np.testing.assert_allclose(split(x), BatchNorm().apply(params, x), atol=1e-5)
 
 
