@@ -65,7 +65,8 @@ class Checkpoints:
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             path,
-            item_handlers=ocp.StandardCheckpointHandler(),  # or a new manager could not tell what is in a step
+            # Without it a new manager could not tell what is in a step before it has restored one.
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=not read_only,
@@ -102,8 +103,8 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Saves ``state`` as ``step``, in the background.
 
-        The state may be donated, and arrays of NumPy overwritten, as soon as this returns. A save that is still
-        under way is waited for first.
+        The state may be donated, and arrays of NumPy overwritten, as soon as this returns. A save that is
+        still under way is waited for first.
 
         Args:
             step: greater than every step that is there.

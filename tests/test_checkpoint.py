@@ -179,8 +179,8 @@ def test_killed_save_leaves_the_step_before_and_is_cleaned(tmp_path):
         assert checkpoints.latest() == 1
         came = checkpoints.restore({"w": jnp.zeros(10)})
         np.testing.assert_array_equal(came["w"], np.arange(10.0))
-        checkpoints.save(2, {"w": jnp.ones(10)})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        checkpoints.save(3, {"w": jnp.ones(10)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_mismatches_name_the_leaf_what_came_and_what_was_expected(tmp_path):
@@ -306,7 +306,6 @@ def test_state_that_cannot_be_saved_is_told_and_the_next_is_saved(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(RuntimeError, match=rf"saving step 1 in {tmp_path} failed .*Unsupported type"):
             checkpoints.save(1, {"w": object()})
-            checkpoints.wait()
         checkpoints.save(2, make_state(2))
         assert_same(checkpoints.restore(make_state()), make_state(2))
 
@@ -353,6 +352,15 @@ def test_error_of_the_caller_is_not_hidden_by_closing(tmp_path, monkeypatch):
         raise KeyError("the caller's")
     assert info.value.__notes__ == ["besides: closing failed"]
     close()
+
+
+def test_other_files_in_the_directory_are_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "samples").mkdir()
+    saved(tmp_path, steps=(1, 2, 3))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "config.json", "samples"]
 
 
 def test_relative_directories(tmp_path, monkeypatch):

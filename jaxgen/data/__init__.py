@@ -5,7 +5,7 @@
 * ``source``: the records of a data set by index, for one that does not fit into memory.
 * ``batches``, ``stream``: ``step -> batch``, from arrays and from a source. There is no iterator and hence no
   iterator state to save: the batch of a step is a pure function of (data, seed, step), so resuming a run is
-      exact.
+  exact.
 * ``prefetched``: the same function, with the next steps' batches made meanwhile.
 * ``to_unit``, ``to_uint8``, ``unit_images``: images between uint8 and float32 in [-1, 1].
 

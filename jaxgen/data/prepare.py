@@ -6,8 +6,7 @@ to rename wins. A process that was killed leaves an ``incomplete.*`` directory b
 
 Its download code and its older image builders (mnist, cifar10) call TensorFlow for a handful of things that
 Python and Pillow do as well: opening a file, decoding a path, encoding a PNG. ``_without_tensorflow`` stands
-    in for those
-while a data set is prepared.
+in for those while a data set is prepared.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 Everything goes through tensorflow-datasets' ``data_source`` on array_record files, which give any record by
 its index and check every chunk of a file against the hash stored with it: damaged files are errors, never
-    wrong images.
+wrong images.
 """
 
 import contextlib
@@ -24,9 +24,8 @@ class Source(Sequence[dict[str, Any]]):
     """The records of one split by index, in the order of the files; what ``source`` returns.
 
     A record is a dict of NumPy values: images uint8 [height, width, channels], class labels int32 and in
-        range; texts
-    are left out. ``features`` has the (shape, dtype) of each, with None for lengths that differ between
-    records.
+    range; texts are left out. ``features`` has the (shape, dtype) of each, with None for lengths that differ
+    between records.
     """
 
     def __init__(self, name: str, split: str, builder: Any, records: Any) -> None:

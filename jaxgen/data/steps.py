@@ -9,7 +9,6 @@ Of several processes each takes consecutive rows of that same batch: the global 
 number.
 """
 
-import collections
 import dataclasses
 import functools
 import operator
@@ -179,8 +178,7 @@ def prefetched(batches: Callable[[int], Batch], *, ahead: int = 2) -> Callable[[
     """Makes the batches of the next steps in threads of its own while the caller works on this one.
 
     It is a cache and nothing else: any step may be asked for at any time, and gives what ``batches`` gives,
-        errors
-    included. For one caller at a time.
+    errors included. For one caller at a time.
 
     Args:
         batches: ``step -> batch``, a pure function; any, not only those of this module.
@@ -195,7 +193,7 @@ def prefetched(batches: Callable[[int], Batch], *, ahead: int = 2) -> Callable[[
     checks.positive_integer("ahead", ahead)
     # The threads end with the function that holds them, which is when nobody can ask for a step any more.
     threads = ThreadPoolExecutor(ahead, thread_name_prefix="jaxgen-data")
-    pending: collections.OrderedDict[int, Future[Batch]] = collections.OrderedDict()
+    pending: dict[int, Future[Batch]] = {}
 
     def of_step(step: int) -> Batch:
         wanted = range(step, step + ahead + 1)
@@ -224,7 +222,7 @@ def _made(
     checks.positive_integer("process_count", process_count)
     _check_seed(seed)
     if examples < 1:
-        raise ValueError("there must be at least one example to make batches of, got none")
+        raise ValueError("`arrays` or `source` must hold at least one example, got none")
     if batch_size % process_count:
         raise ValueError(
             f"`batch_size` must be a multiple of `process_count`, {process_count}, got {batch_size}"

@@ -59,12 +59,15 @@ def test_loading_again_is_fast(digits_dir):
     assert time.perf_counter() - start < 3  # 0.2 s on an idle core
 
 
-def test_source_and_load_agree_and_slices_work(digits_dir):
+def test_source_and_load_agree_and_slices_work(digits_dir, monkeypatch):
+    monkeypatch.setattr("jaxgen.data.records._CHUNK", 100)  # several chunks, the last one short
     arrays = data.load("digits", split="test", data_dir=digits_dir)
     records = data.source("digits", split="test[10:20]", data_dir=digits_dir)
     assert len(records) == 10
     np.testing.assert_array_equal(np.stack([record["image"] for record in records]), arrays["image"][10:20])
     np.testing.assert_array_equal(records[-1]["image"], arrays["image"][19])
+    whole = data.source("digits", split="test", data_dir=digits_dir)
+    np.testing.assert_array_equal(np.stack([record["image"] for record in whole]), arrays["image"])
     assert "digits" in repr(records)
     with pytest.raises(IndexError, match=r"`index` must lie within 10 records, got 10"):
         records[10]
