@@ -182,9 +182,7 @@ class Checkpoints:
             raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
         step = steps[-1] if step is None else operator.index(step)
         if step not in steps:
-            raise FileNotFoundError(
-                f"there is no checkpoint of step {step} in {self.directory}, only {steps}"
-            )
+            raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.directory}, only {steps}")
         try:
             stored = _stored_leaves(self._manager.item_metadata(step).tree)
         except Exception as error:
@@ -205,12 +203,8 @@ class Checkpoints:
 
     def _unreadable(self, step: int, steps: list[int], error: Exception) -> RuntimeError:
         others = [other for other in steps if other != step]
-        advice = (
-            f"delete that directory, or give `step`, one of {others}" if others else "no other step is there"
-        )
-        return RuntimeError(
-            f"step {step} in {self.directory}/{step} cannot be read ({_line(error)}); {advice}"
-        )
+        advice = f"delete that directory, or give `step`, one of {others}" if others else "no other step is there"
+        return RuntimeError(f"step {step} in {self.directory}/{step} cannot be read ({_line(error)}); {advice}")
 
 
 def _check_writable(path: Any) -> None:

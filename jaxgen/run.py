@@ -40,9 +40,7 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / _FILE).exists():
-            strangers = sorted(
-                entry.name for entry in path.iterdir() if not entry.name.startswith(f".{_FILE}")
-            )
+            strangers = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(f".{_FILE}"))
             if strangers and not (path / _FILE).exists():
                 raise ValueError(
                     f"`directory` {path} holds {strangers[:3]} and no {_FILE}: it is not the directory of a "
@@ -53,9 +51,7 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
             temporary.write_text(text)
             temporary.replace(path / _FILE)
     except OSError as error:
-        raise OSError(
-            error.errno, f"`directory` {path} cannot be written: {error.strerror or error}"
-        ) from error
+        raise OSError(error.errno, f"`directory` {path} cannot be written: {error.strerror or error}") from error
 
     found = read_config(path)
     advice = f"Choose another `--workdir`, or delete {path} to begin anew"
@@ -64,9 +60,7 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
     # Compared as read back, where tuples have become lists.
     differing = _differences("", found["config"], json.loads(text)["config"])
     if differing:
-        raise ValueError(
-            f"{path} is a run of {experiment!r} with other settings: {'; '.join(differing)}. {advice}"
-        )
+        raise ValueError(f"{path} is a run of {experiment!r} with other settings: {'; '.join(differing)}. {advice}")
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -86,9 +80,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     file = epath.Path(directory) / _FILE
     if not file.exists():
-        raise FileNotFoundError(
-            f"`directory` {file.parent} holds no {_FILE}: it is not the directory of a run"
-        )
+        raise FileNotFoundError(f"`directory` {file.parent} holds no {_FILE}: it is not the directory of a run")
     try:
         found = json.loads(file.read_text())
         missing = {"experiment", "jaxgen", "config"} - found.keys()

@@ -50,9 +50,7 @@ def bits(tree):
 
 def assert_same(came, expected):
     assert jax.tree.structure(came) == jax.tree.structure(expected)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), came) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), expected
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), came) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     assert bits(came) == bits(expected)
 
 
@@ -172,9 +170,7 @@ def test_killed_save_leaves_the_step_before_and_is_cleaned(tmp_path):
     assert leftovers
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == [1]
-    assert leftovers == [
-        path.name for path in tmp_path.iterdir() if "tmp" in path.name
-    ]  # a reader cleans nothing
+    assert leftovers == [path.name for path in tmp_path.iterdir() if "tmp" in path.name]  # a reader cleans nothing
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() == 1
         came = checkpoints.restore({"w": jnp.zeros(10)})
@@ -212,9 +208,7 @@ def test_mismatches_name_the_leaf_what_came_and_what_was_expected(tmp_path):
             ),
             (good._replace(nothing=jnp.zeros(2)), r"'nothing' is not stored"),
         ]:
-            with pytest.raises(
-                ValueError, match=rf"step 1 in {tmp_path} does not fit `like`: .*{message}"
-            ) as info:
+            with pytest.raises(ValueError, match=rf"step 1 in {tmp_path} does not fit `like`: .*{message}") as info:
                 checkpoints.restore(like)
             assert len(str(info.value).splitlines()) == 1
         assert_same(checkpoints.restore(good), make_state(1))
@@ -234,9 +228,7 @@ def test_steps_that_orbax_would_skip_in_silence_are_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, make_state(5))
         for step in (5, 4):
-            with pytest.raises(
-                ValueError, match=rf"`step` must be greater than the latest in .*, 5, got {step}"
-            ):
+            with pytest.raises(ValueError, match=rf"`step` must be greater than the latest in .*, 5, got {step}"):
                 checkpoints.save(step, make_state())
         with pytest.raises(ValueError, match=r"`step` must be greater than .*, got -1"):
             checkpoints.save(-1, make_state())

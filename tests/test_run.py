@@ -36,9 +36,7 @@ def test_another_version_of_the_library_may_resume(tmp_path):
 
 def test_another_experiment_is_refused(tmp_path):
     claim(tmp_path, "digits", CONFIG)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path} is a run of 'digits', not of 'faces'. .*`--workdir`.*delete"
-    ):
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a run of 'digits', not of 'faces'. .*`--workdir`.*delete"):
         claim(tmp_path, "faces", CONFIG)
 
 
@@ -64,11 +62,15 @@ def test_other_settings_are_refused_by_field(tmp_path, change, message):
 
 def test_strangers_directories_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(
-        ValueError, match=rf"`directory` {tmp_path} holds \['thesis.tex'\] and no config.json"
-    ):
+    with pytest.raises(ValueError, match=rf"`directory` {tmp_path} holds \['thesis.tex'\] and no config.json"):
         claim(tmp_path, "digits", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_claim_that_was_killed_left_is_no_stranger(tmp_path):
+    (tmp_path / ".config.json-0123").write_text('{"experi')  # written, and never renamed
+    claim(tmp_path, "digits", CONFIG)
+    assert read_config(tmp_path)["experiment"] == "digits"
 
 
 def test_unreadable_and_absent_configurations_are_told(tmp_path):

@@ -57,9 +57,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples(images[test], labels[test]),
         }
 
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         for row, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield row, {"image": io.BytesIO(png(image)), "label": int(label)}
 

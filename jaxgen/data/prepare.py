@@ -76,9 +76,7 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
         compat=SimpleNamespace(as_text=os.fsdecode),
     )
     modules = [extractor, sys.modules[type(builder).__module__]]
-    replaced: list[tuple[Any, str, Any]] = [
-        (module, "tf", stand_in) for module in modules if hasattr(module, "tf")
-    ]
+    replaced: list[tuple[Any, str, Any]] = [(module, "tf", stand_in) for module in modules if hasattr(module, "tf")]
     replaced.append((image_feature._ImageEncoder, "_encode_image", _encode_image))
     with contextlib.ExitStack() as undo:
         for place, name, value in replaced:
@@ -91,9 +89,7 @@ class _StandIn(SimpleNamespace):
     """The part of TensorFlow that preparing images takes; anything else is refused by name."""
 
     def __getattr__(self, name: str) -> Any:
-        raise ImportError(
-            f"preparing this data set calls tf.{name}: install tensorflow to prepare it (not to read it)"
-        )
+        raise ImportError(f"preparing this data set calls tf.{name}: install tensorflow to prepare it (not to read it)")
 
 
 def _encode_image(encoder: Any, image: np.ndarray) -> bytes:

@@ -62,15 +62,11 @@ class Source(Sequence[dict[str, Any]]):
     def _checked(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         for key, classes in self._classes.items():
             if not 0 <= record[key] < classes:
-                raise ValueError(
-                    f"record {index} of {self.split!r}: {key} {record[key]} is not in 0..{classes - 1}"
-                )
+                raise ValueError(f"record {index} of {self.split!r}: {key} {record[key]} is not in 0..{classes - 1}")
         return {key: np.asarray(record[key], dtype) for key, (_, dtype) in self.features.items()}
 
 
-def source(
-    name: str, *, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = True
-) -> Source:
+def source(name: str, *, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = True) -> Source:
     """Opens a split of a data set, preparing the data set first where that has not been done.
 
     Args:
@@ -97,9 +93,7 @@ def _open(make: Callable[[], Any], name: str, split: str, download: bool) -> Sou
     builder = make()
     if not builder.is_prepared():
         if not download:
-            raise FileNotFoundError(
-                f"data set {name!r} is not in {builder.data_dir}, and `download` is False"
-            )
+            raise FileNotFoundError(f"data set {name!r} is not in {builder.data_dir}, and `download` is False")
         prepare(builder)
         builder = make()
         if not builder.is_prepared():
@@ -170,11 +164,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Callable[[],
         except tfds.core.DatasetNotFoundError as error:
             known = tfds.list_builders(with_community_datasets=False)
             close = difflib.get_close_matches(str(name), known, n=3)
-            hint = (
-                f"; did you mean {' or '.join(map(repr, close))}?"
-                if close
-                else ", such as 'digits' or 'mnist'"
-            )
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ", such as 'digits' or 'mnist'"
             raise ValueError(
                 f"`name` must be a data set of tensorflow-datasets or 'digits', got {name!r}{hint}"
             ) from error

@@ -86,9 +86,7 @@ def batches(
     """
     lengths = {name: len(array) if np.ndim(array) else None for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
-        raise ValueError(
-            f"`arrays` must be at least one array [n, ...] and all of one length, got lengths {lengths}"
-        )
+        raise ValueError(f"`arrays` must be at least one array [n, ...] and all of one length, got lengths {lengths}")
     examples = len(next(iter(arrays.values())))
     held = {name: np.asarray(array) for name, array in arrays.items()}
 
@@ -165,9 +163,7 @@ def stream(
         for name in records[0]:
             shapes = {np.shape(record[name]) for record in records}
             if len(shapes) > 1:
-                raise ValueError(
-                    f"`source` must have records of one shape, got {name!r} of shapes {sorted(shapes)}"
-                )
+                raise ValueError(f"`source` must have records of one shape, got {name!r} of shapes {sorted(shapes)}")
             batch[name] = np.stack([record[name] for record in records])
         return batch
 
@@ -224,9 +220,7 @@ def _made(
     if examples < 1:
         raise ValueError("`arrays` or `source` must hold at least one example, got none")
     if batch_size % process_count:
-        raise ValueError(
-            f"`batch_size` must be a multiple of `process_count`, {process_count}, got {batch_size}"
-        )
+        raise ValueError(f"`batch_size` must be a multiple of `process_count`, {process_count}, got {batch_size}")
     if not 0 <= _natural("process_index", process_index) < process_count:
         raise ValueError(f"`process_index` must lie in [0, {process_count}), got {process_index}")
     share = batch_size // process_count

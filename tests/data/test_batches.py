@@ -66,9 +66,7 @@ def test_steps_in_any_order_and_far_away_give_the_same_batch(make):
 def test_sequence_does_not_depend_on_the_batch_size(make):
     tens, fives = make(batch_size=10, seed=1), make(batch_size=5, seed=1)
     for step in range(12):
-        np.testing.assert_array_equal(
-            tens(step)["x"], np.concatenate([fives(2 * step)["x"], fives(2 * step + 1)["x"]])
-        )
+        np.testing.assert_array_equal(tens(step)["x"], np.concatenate([fives(2 * step)["x"], fives(2 * step + 1)["x"]]))
 
 
 @both

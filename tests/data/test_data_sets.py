@@ -76,9 +76,7 @@ def test_source_and_load_agree_and_slices_work(digits_dir, monkeypatch):
 def test_default_directory_is_that_of_tensorflow_datasets(digits_dir):
     code = "from jaxgen import data; print(data.source('digits', split='test', download=False).directory)"
     environment = {**os.environ, "TFDS_DATA_DIR": str(digits_dir)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(digits_dir / "digits" / "1.0.0")
     assert done.stderr == ""  # nothing is said where nothing is wrong
 
@@ -180,9 +178,7 @@ print(data.load("digits", split="train", data_dir=sys.argv[1])["image"].sum())
 
 def test_processes_that_prepare_at_once_all_read_the_whole(digits_dir, tmp_path):
     command = [sys.executable, "-c", LOAD, str(tmp_path)]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     expected = str(data.load("digits", split="train", data_dir=digits_dir)["image"].sum())
     for process in running:
         out, err = process.communicate(timeout=120)
@@ -219,9 +215,7 @@ data.load("digits", split="train", data_dir=sys.argv[1])
 
 
 def test_killed_preparation_leaves_nothing_that_is_read(digits_dir, tmp_path):
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL, check=False
-    )
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL, check=False)
     assert killed.returncode == -9
     assert any(path.name.startswith("incomplete") for path in (tmp_path / "digits").iterdir())
     with pytest.raises(FileNotFoundError):

@@ -86,9 +86,7 @@ def cifar10(images, served, monkeypatch):
         add("batches.meta.txt", "\n".join("abcdefghij").encode())
         for split, count, name in (("train", 5, "data_batch_{}.bin"), ("test", 1, "test_batch.bin")):
             pixels, labels = images[split]
-            rows = np.concatenate(
-                [labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(len(labels), -1)], axis=1
-            )
+            rows = np.concatenate([labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(len(labels), -1)], axis=1)
             for part, chunk in enumerate(np.split(rows, count), start=1):
                 add(name.format(part), chunk.tobytes())
     builder = tfds.builder_cls("cifar10")
@@ -141,9 +139,7 @@ def test_cifar10_is_prepared_and_read_without_tensorflow(cifar10, tmp_path):
 @pytest.mark.parametrize("images", [(28, 28, 1)], indirect=True)
 def test_failed_download_names_the_data_set_and_the_directory(mnist, served, tmp_path):
     (served[0] / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(
-        RuntimeError, match=rf"'mnist' could not be downloaded and prepared in {tmp_path}.*404"
-    ):
+    with pytest.raises(RuntimeError, match=rf"'mnist' could not be downloaded and prepared in {tmp_path}.*404"):
         data.load("mnist", split="train", data_dir=tmp_path)
 
 
