@@ -50,9 +50,7 @@ Step = Callable[[tuple[Array, Array]], tuple[Array, Array]]
 
 def native(x: Array, kernel: Array, *, strides: int) -> Array:
     """JAX's own convolution."""
-    return lax.conv_general_dilated(
-        x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, (strides, strides), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def step(convolution: Convolution, strides: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -93,17 +91,13 @@ def measure(shape: Shape, repeats: int, with_native_loop: bool) -> dict[str, flo
 
 def main() -> None:
     """Prints one line per shape."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-native-loop", action="store_true", help="leave the slow column out")
     arguments = parser.parse_args()
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, {arguments.repeats} repeats, milliseconds per step")
-    print(
-        f"{'':40}{'plain':>8}{'ours':>8}{'in loop':>9}{'in loop : plain':>17}{'native in loop : plain':>24}"
-    )
+    print(f"{'':40}{'plain':>8}{'ours':>8}{'in loop':>9}{'in loop : plain':>17}{'native in loop : plain':>24}")
     for shape in SHAPES:
         times = measure(shape, arguments.repeats, not arguments.no_native_loop)
         plain = times["plain"]

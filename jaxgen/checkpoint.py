@@ -52,7 +52,7 @@ class Checkpoints:
             ValueError: ``keep`` is less than 1.
         """
         checks.positive_integer("keep", keep)
-        from etils import epath  # type: ignore[import-untyped]
+        from etils import epath
 
         path = epath.Path(os.path.abspath(directory) if "://" not in os.fspath(directory) else directory)
         self.directory = os.fspath(path)

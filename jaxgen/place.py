@@ -5,11 +5,11 @@ A `Method` is written for the global batch and knows of no device. `jit` compile
     data   the batch is split, the state copied                        data parallel
     fsdp   the batch is split, and so is the state, leaf by leaf       fully sharded (ZeRO-3)
 
-and XLA inserts the collectives. `pmap` serves code that is built on ``jax.pmap``. Either gives the parameters that a single device
-would, to the rounding of sums.
+and XLA inserts the collectives. `pmap` serves code that is built on ``jax.pmap``. Either gives the parameters that a
+single device would, to the rounding of sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,8 +82,9 @@ def state_shapes(method: Method, mesh: Mesh) -> Any:
 def jit(method: Method, mesh: Mesh) -> Method:
     """The same method, compiled over a mesh.
 
-    The state is donated: after ``state, metrics = placed.step(state, ...)`` the old one is gone. A batch of NumPy arrays is this
-    process's share of the global batch, and is put on the mesh; a batch of JAX arrays is taken to be the global one.
+    The state is donated: after ``state, metrics = placed.step(state, ...)`` the old one is gone. A batch of NumPy
+    arrays is this process's share of the global batch, and is put on the mesh; a batch of JAX arrays is taken to be the
+    global one.
 
     Args:
         method: a method for the global batch.
@@ -112,6 +113,26 @@ def jit(method: Method, mesh: Mesh) -> Method:
     return Method(init, step)
 
 
+def rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """Compiles a function of something shared and of rows, such as parameters and keys to sample from, over a mesh.
+
+    Args:
+        function: ``(shared, rows) -> rows``, trees of arrays; the leading axis of each leaf of ``rows`` is the batch,
+            in and out.
+        mesh: from `mesh`.
+
+    Returns:
+        The compiled function: ``shared`` is used where it lies (NumPy arrays are copied to every device), the rows are
+        split. A process that does not hold all devices gives, and gets, global arrays.
+
+    Raises:
+        ValueError: (when called) the rows do not divide among the devices.
+    """
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    compiled = jax.jit(function, in_shardings=(None, split), out_shardings=split)
+    return lambda shared, rows: compiled(shared, _divisible(rows, mesh.size))
+
+
 def pmap(method: Method, *, axis_name: str = "data", devices: Sequence[jax.Device] | None = None) -> Method:
     """The same method under ``jax.pmap``: a copy of the state on each device, a share of the batch to each.
 
@@ -125,17 +146,19 @@ def pmap(method: Method, *, axis_name: str = "data", devices: Sequence[jax.Devic
         process's batch, [batch, ...], and one key, as any method does.
 
     Raises:
-        ValueError: (from its step) the method does not use ``axis_name``, so that copies would drift apart; or the batch does
-            not divide among the devices.
+        ValueError: (from its step) the method does not use ``axis_name``, so that copies would drift apart; or the
+            batch does not divide among the devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    init = jax.pmap(method.init, axis_name, in_axes=None, axis_size=len(devices), devices=devices)  # type: ignore[arg-type]
+    init = jax.pmap(method.init, axis_name, in_axes=None, axis_size=len(devices), devices=devices)
     compiled = jax.pmap(method.step, axis_name, in_axes=(0, 0, None), devices=devices, donate_argnums=0)
     checked = False
 
     def step(state: Any, batch: Batch, key: Key) -> tuple[Any, Metrics]:
         nonlocal checked
-        split = jax.tree.map(lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _divisible(batch, len(devices)))
+        split = jax.tree.map(
+            lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), _divisible(batch, len(devices))
+        )
         if not checked:
             _check_uses_axis(method, jax.tree.map(lambda leaf: leaf[0], (state, split)), key, axis_name)
             checked = True
@@ -164,7 +187,8 @@ def _on_mesh(batch: Batch, sharding: NamedSharding) -> Batch:
     local = len(sharding.mesh.local_devices)
     _divisible(batch, local)
     return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.make_array_from_process_local_data(sharding, leaf), batch
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.make_array_from_process_local_data(sharding, leaf),
+        batch,
     )
 
 

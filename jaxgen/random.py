@@ -50,7 +50,12 @@ def fold(keys: Key, data: int | Array) -> Key:
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
-def draw(sampler: Callable[[Key, Sequence[int], jnp.dtype], Array], keys: Key, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+def draw(
+    sampler: Callable[[Key, Sequence[int], jnp.dtype], Array],
+    keys: Key,
+    shape: Sequence[int],
+    dtype: jnp.dtype,
+) -> Array:
     """Draws [batch, *shape], example i from ``keys[i]`` by ``sampler(key, shape, dtype)``."""
     return jax.vmap(lambda key: sampler(key, tuple(shape), dtype))(keys)
 

@@ -31,7 +31,7 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
         TypeError: ``config`` holds what JSON has no type for.
         OSError: the directory cannot be written; names it.
     """
-    from etils import epath  # type: ignore[import-untyped]
+    from etils import epath
 
     path = epath.Path(directory)
     wanted = {"experiment": experiment, "jaxgen": jaxgen.__version__, "config": dict(config)}

@@ -4,8 +4,9 @@ For data N(mean, std^2) the path's x_t is Gaussian, with variance
 
     V(t) = alpha(t)^2 std^2 + sigma(t)^2                                                       (1)
 
-and everything follows: the best denoiser, and the probability flow, which carries each quantile of x_t to the same quantile of x_s.
-All functions work in the dtype that they are given: run them in float64 (``jax.enable_x64``) to see a solver's order.
+and everything follows: the best denoiser, and the probability flow, which carries each quantile of x_t to the same
+quantile of x_s. All functions work in the dtype that they are given: run them in float64 (``jax.enable_x64``) to see a
+solver's order.
 """
 
 import jax

@@ -3,8 +3,8 @@
     state = method.init(key)
     state, metrics = method.step(state, batch, key)
 
-A step folds the number of steps taken into the key that it is given, so one key serves a whole run, and a run is a pure function of
-(key, data, steps): continue it from a stored state with the same key and data and it continues bit by bit.
+A step folds the number of steps taken into the key that it is given, so one key serves a whole run, and a run is a pure
+function of (key, data, steps): continue it from a stored state with the same key and data and it continues bit by bit.
 
 Nothing here compiles: `jaxgen.place` does, or a `jax.jit` of your own.
 """
@@ -96,17 +96,19 @@ def minimise(
 ) -> Method:
     """One player descending one loss.
 
-    Clipping, schedules and weight decay are parts of the optimiser: ``optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(...))``.
+    Clipping, schedules and weight decay are parts of the optimiser: ``optax.chain(optax.clip_by_global_norm(1.0),
+    optax.adamw(...))``.
 
     Args:
         loss: ``(params, batch, key) -> (scalar, metrics)``.
         optimiser: any optax gradient transformation.
         init: ``key -> params``.
         average: a running average of the parameters to keep beside them, such as `ema(0.999)`.
-        microbatches: splits each batch into so many parts, one after the other, and averages their gradients: the memory of one
-            part for the step of the whole batch. Part m takes rows m, m + microbatches, ... and the key folded with m.
-        axis_name: the mapped axis over which to average gradients and metrics, for `place.pmap` or ``shard_map``. Under ``jit``
-            on a mesh nothing is needed.
+        microbatches: splits each batch into so many parts, one after the other, and averages their gradients: the
+            memory of one part for the step of the whole batch. Part m takes rows m, m + microbatches, ... and the key
+            folded with m.
+        axis_name: the mapped axis over which to average gradients and metrics, for `place.pmap` or ``shard_map``. Under
+            ``jit`` on a mesh nothing is needed.
 
     Returns:
         A Method of state `Minimising`. Its metrics are the loss's own, "loss" and "grad_norm" (before the optimiser).
@@ -163,7 +165,8 @@ def minimise(
 
 
 def _interleaved(leaf: Array, parts: int) -> Array:
-    # Row r goes to part r % parts: a batch that is split over devices by blocks of rows gives each device its share of each part.
+    # Row r goes to part r % parts: a batch that is split over devices by blocks of rows gives each device its share of
+    # each part.
     rows = leaf.shape[0]
     if rows % parts:
         raise ValueError(f"`microbatches` must divide the batch, got a batch of {rows} and {parts} microbatches")

@@ -4,15 +4,16 @@ from jaxgen.typing import Array, ArrayLike, Denoiser
 
 
 def cfg(conditional: Denoiser, unconditional: Denoiser, scale: ArrayLike) -> Denoiser:
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional) (Ho & Salimans 2022, arXiv:2207.12598).
+    """Classifier-free guidance, unconditional + scale (conditional - unconditional).
 
-    Guiding estimates of x0 equals guiding noise, velocity or score, since each is affine in the others.
+    Ho & Salimans 2022 (arXiv:2207.12598). Guiding estimates of x0 equals guiding noise, velocity or score, since each
+    is affine in the others.
 
     Args:
         conditional: the denoiser that knows the condition.
         unconditional: the one that does not.
-        scale: 1 is the conditional denoiser, 0 the unconditional one, above 1 is what makes samples look typical of their
-            condition (the paper's 1 + w). A number, or an array that broadcasts against x; it may be traced.
+        scale: 1 is the conditional denoiser, 0 the unconditional one, above 1 is what makes samples look typical of
+            their condition (the paper's 1 + w). A number, or an array that broadcasts against x; it may be traced.
 
     Returns:
         A Denoiser that evaluates both.

@@ -84,13 +84,13 @@ def uniform_time(path: Path) -> TimeDraw:
 
 
 def log_normal_time(mean: float = -1.2, std: float = 1.2) -> TimeDraw:
-    """log t normal: EDM's training noise levels (arXiv:2206.00364, table 1)."""
+    """Times whose logarithm is normal: EDM's training noise levels (arXiv:2206.00364, table 1)."""
     _check_std(std)
     return lambda key: jnp.exp(mean + std * jax.random.normal(key))
 
 
 def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeDraw:
-    """log(t / (1 - t)) normal, over times (0, 1): SD3's choice for rectified flows (arXiv:2403.03206, section 3.1)."""
+    """Times in (0, 1) whose log(t / (1 - t)) is normal: SD3's rectified flows (arXiv:2403.03206, section 3.1)."""
     _check_std(std)
     return lambda key: jax.nn.sigmoid(mean + std * jax.random.normal(key))
 
@@ -126,7 +126,9 @@ def edm_weight(sigma_data: float = 0.5) -> Weight:
 
 
 def gaussian_nll(x: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> Array:
-    """Negative log-likelihood of x under N(mean, variance), in nats: 0.5 (x - mean)^2 / variance + 0.5 log(2 pi variance).
+    """Negative log-likelihood of x under N(mean, variance), in nats.
+
+        0.5 (x - mean)^2 / variance + 0.5 log(2 pi variance)
 
     Args:
         x: any shape.

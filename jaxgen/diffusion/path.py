@@ -11,8 +11,8 @@ is one pair (alpha, sigma). What matters to a sampler is the noise-to-signal rat
 
 lambda being half the log signal-to-noise ratio of Kingma et al. 2021 (arXiv:2107.00630).
 
-The two functions take NumPy arrays to NumPy arrays, in float64, and JAX arrays, traced or not, to JAX arrays, so that the
-tables of a sampler are built on the host by the very formulas that a training step traces on the device.
+The two functions take NumPy arrays to NumPy arrays, in float64, and JAX arrays, traced or not, to JAX arrays, so that
+the tables of a sampler are built on the host by the very formulas that a training step traces on the device.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ class Path(NamedTuple):
         t_min: the smallest time worth resolving, above 0: where grids of times end before they step to the data at 0.
         t_max: the time at which sampling starts.
         scale: Runge-Kutta solvers integrate x / scale(t) against sigma(t) / scale(t) (Karras et al. 2022,
-            arXiv:2206.00364, s(t) of Eq. 4). None stands for alpha, which gives straight coordinates for variance-preserving and
-            variance-exploding paths alike; alpha / scale must be affine in sigma / scale.
+            arXiv:2206.00364, s(t) of Eq. 4). None stands for alpha, which gives straight coordinates for
+            variance-preserving and variance-exploding paths alike; alpha / scale must be affine in sigma / scale.
     """
 
     alpha: Callable[[Any], Any]
@@ -49,10 +49,10 @@ class Path(NamedTuple):
 def linear_beta(steps: int = 1000, beta_first: float = 1e-4, beta_last: float = 0.02) -> Path:
     """The variance-preserving path of DDPM (Ho et al. 2020, arXiv:2006.11239, section 4).
 
-    Time runs over [0, steps] and counts noising steps, as in the paper: alpha(t)^2 is the product of the first t factors
-    (1 - beta_s), beta rising linearly from ``beta_first`` to ``beta_last``, so that t = 1 is the first noised state and t = steps
-    the last. (Code that indexes its arrays of betas from 0, as diffusers does, calls our t by the number t - 1.) Between whole
-    times log alpha is linear.
+    Time runs over [0, steps] and counts noising steps, as in the paper: alpha(t)^2 is the product of the first t
+    factors (1 - beta_s), beta rising linearly from ``beta_first`` to ``beta_last``, so that t = 1 is the first noised
+    state and t = steps the last. (Code that indexes its arrays of betas from 0, as diffusers does, calls our t by the
+    number t - 1.) Between whole times log alpha is linear.
 
     Args:
         steps: number of noising steps, at least 1.
@@ -86,8 +86,8 @@ def linear_beta(steps: int = 1000, beta_first: float = 1e-4, beta_last: float = 
 def cosine(offset: float = 0.008) -> Path:
     """The variance-preserving cosine path (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17), over times [0, 1].
 
-    alpha(t) = cos(a(t)) / cos(a(0)) with a(t) = (t + offset) / (1 + offset) * pi / 2, held at 1e-4 where it would fall below, just
-    before t = 1, as the paper clips its last betas.
+    alpha(t) = cos(a(t)) / cos(a(0)) with a(t) = (t + offset) / (1 + offset) * pi / 2, held at 1e-4 where it would fall
+    below, just before t = 1, as the paper clips its last betas.
 
     Args:
         offset: the paper's s, in (0, 1).
@@ -137,8 +137,8 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Path:
 def rectified_flow() -> Path:
     """The straight path of rectified flow and flow matching (arXiv:2209.03003, 2210.02747), over times [0, 1].
 
-    alpha = 1 - t and sigma = t: data at 0 and pure noise at 1, as in Stable Diffusion 3 (the flow-matching papers count time the
-    other way). Solvers may start at t = 1, where alpha is exactly 0.
+    alpha = 1 - t and sigma = t: data at 0 and pure noise at 1, as in Stable Diffusion 3 (the flow-matching papers count
+    time the other way). Solvers may start at t = 1, where alpha is exactly 0.
     """
     return Path(
         alpha=lambda t: 1 - _float(t),

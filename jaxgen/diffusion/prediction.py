@@ -1,8 +1,8 @@
 """What a network predicts, as a value.
 
-On the path x = alpha x0 + sigma eps a network may be trained to give any linear combination of x0 and eps. Each is a `Prediction`:
-the target that it is trained on, and how its output turns into an estimate of x0. After `denoiser` has applied the latter, nothing
-in the library asks which one it was.
+On the path x = alpha x0 + sigma eps a network may be trained to give any linear combination of x0 and eps. Each is a
+`Prediction`: the target that it is trained on, and how its output turns into an estimate of x0. After `denoiser` has
+applied the latter, nothing in the library asks which one it was.
 
     noise     eps                              x0 = (x - sigma out) / alpha                        (1)
     data      x0                               x0 = out                                            (2)
@@ -10,8 +10,8 @@ in the library asks which one it was.
     velocity  alpha' x0 + sigma' eps           x0 = (sigma' x - sigma out) / det                   (4)
     score     -eps / sigma                     x0 = (x + sigma^2 out) / alpha                      (5)
 
-with ' the derivative by time and det = alpha sigma' - alpha' sigma. (1) is DDPM (arXiv:2006.11239), (3) Salimans & Ho 2022
-(arXiv:2202.00512), (4) flow matching (arXiv:2210.02747), (5) Song et al. 2021 (arXiv:2011.13456).
+with ' the derivative by time and det = alpha sigma' - alpha' sigma. (1) is DDPM (arXiv:2006.11239), (3) Salimans & Ho
+2022 (arXiv:2202.00512), (4) flow matching (arXiv:2210.02747), (5) Song et al. 2021 (arXiv:2011.13456).
 """
 
 from collections.abc import Callable
@@ -40,8 +40,8 @@ class Prediction(NamedTuple):
     Attributes:
         target: (coefficients, x0, noise) -> what the network should output.
         to_data: (coefficients, x, output) -> x0.
-        gain: (coefficients) -> the factor c^2 by which squared errors of the output exceed those of the x0 that it implies,
-            ||out - target||^2 = c^2 ||x0_hat - x0||^2.
+        gain: (coefficients) -> the factor c^2 by which squared errors of the output exceed those of the x0 that it
+            implies, ||out - target||^2 = c^2 ||x0_hat - x0||^2.
     """
 
     target: Callable[[Coefficients, Array, Array], Array]
@@ -94,8 +94,8 @@ def denoiser(path: Path, prediction: Prediction, net: Network) -> Denoiser:
         net: ``(x [batch, ...], t [batch]) -> output``, parameters and conditioning closed over.
 
     Returns:
-        A Denoiser ``(x [batch, ...], t [batch] or scalar) -> x0``, of the shape and dtype of x. It raises ValueError where the
-        network's output has another shape than x, or where a time that is known is not in [0, path.t_max].
+        A Denoiser ``(x [batch, ...], t [batch] or scalar) -> x0``, of the shape and dtype of x. It raises ValueError
+        where the network's output has another shape than x, or where a time that is known is not in [0, path.t_max].
 
     >>> path = linear_beta()  # doctest: +SKIP
     >>> denoise = denoiser(path, noise, lambda x, t: model.apply(params, x, t))  # doctest: +SKIP
@@ -115,8 +115,8 @@ def edm_precondition(net: Network, *, sigma_data: float = 0.5) -> Denoiser:
 
         x0 = c_skip x + c_out net(c_in x, c_noise),    c_noise = log(sigma) / 4
 
-    which keeps the network's inputs, and its targets, at unit variance for data of standard deviation ``sigma_data``. To train
-    it pass it as the network of the `data` prediction, with `log_normal_time` and `edm_weight`.
+    which keeps the network's inputs, and its targets, at unit variance for data of standard deviation ``sigma_data``.
+    To train it pass it as the network of the `data` prediction, with `log_normal_time` and `edm_weight`.
 
     Args:
         net: ``(x [batch, ...], c_noise [batch]) -> output``, of the shape of x.

@@ -1,24 +1,24 @@
 """Sampling: one `jax.lax.scan` over the rows of a table.
 
-The table is an argument like any other, so a compiled sampler serves every solver, number of steps, eta and grid of times whose
-tables have one shape (`pad` gives them one); `jax.vmap` compares samplers in one call, and `jax.grad` reaches the table as well as
-the start. Each row is a `jax.checkpoint`: the gradient through a sampler keeps one state per row, not one network's activations.
+The table is an argument like any other, so a compiled sampler serves every solver, number of steps, eta and grid of
+times whose tables have one shape (`pad` gives them one); `jax.vmap` compares samplers in one call, and `jax.grad`
+reaches the table as well as the start. Each row is a `jax.checkpoint`: the gradient through a sampler keeps one state
+per row, not one network's activations.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgen import checks, random
 from jaxgen.diffusion.path import Path
-from jaxgen.typing import Array, ArrayLike, Denoiser, Key, Table
+from jaxgen.typing import Array, Denoiser, Key, Table
 
 
-def prior(
-    key: Key, path: Path, time: float | Array, shape: Sequence[int], *, dtype: jnp.dtype = jnp.float32
-) -> Array:
+def prior(key: Key, path: Path, time: float | Array, shape: Sequence[int], *, dtype: jnp.dtype = jnp.float32) -> Array:
     """The start of sampling: noise of the path's standard deviation at ``time``.
 
     Args:
@@ -54,8 +54,8 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
         unroll: rows per iteration of the scan, at least 1.
 
     Returns:
-        The state after the last row, of the shape and dtype of ``x``. Example i depends on (key, i) and x[i] alone, if the
-        denoiser treats examples apart.
+        The state after the last row, of the shape and dtype of ``x``. Example i depends on (key, i) and x[i] alone, if
+        the denoiser treats examples apart.
 
     Raises:
         ValueError: the table's shapes, or that of the denoiser's output, do not fit.
@@ -68,8 +68,7 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
     >>> diffusion.sample(jax.random.key(0), lambda x, t: jnp.zeros_like(x), table, x).shape  # all data at 0
     (4, 2)
     """
-    buffer, _ = _scan(key, denoise, table, x, unroll, keep=False)
-    return buffer[0]
+    return _scan(key, denoise, table, x, unroll, emit=lambda state: None)[0]
 
 
 def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int = 1) -> Array:
@@ -83,20 +82,21 @@ def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: i
         unroll: as in `sample`.
 
     Returns:
-        [rows + 1, batch, ...]: the start, then the state after each row. Between the two evaluations of a two-stage solver
-        the state is its predictor's.
+        [rows + 1, batch, ...]: the start, then the state after each row. Between the two evaluations of a two-stage
+        solver the state is its predictor's.
 
     Raises:
         ValueError: as in `sample`.
         TypeError: as in `sample`.
     """
-    _, states = _scan(key, denoise, table, x, unroll, keep=True)
+    _, states = _scan(key, denoise, table, x, unroll, emit=lambda state: state)
     return jnp.concatenate([x[None], states])
 
 
 def _scan(
-    key: Key, denoise: Denoiser, table: Table, x: Array, unroll: int, *, keep: bool
-) -> tuple[tuple[Array, ...], Array | None]:
+    key: Key, denoise: Denoiser, table: Table, x: Array, unroll: int, *, emit: Callable[[Array], Any]
+) -> tuple[Array, Any]:
+    """The state after the last row, and what ``emit`` makes of the state after each row, stacked."""
     checks.floating("x", x)
     checks.rank_at_least("x", x, 1)
     checks.positive_integer("unroll", unroll)
@@ -116,7 +116,7 @@ def _scan(
     def draw(row: Array) -> Array:
         return random.normal(random.fold(keys, row + 1), x.shape[1:], x.dtype)
 
-    def step(buffer: tuple[Array, ...], row: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
+    def step(buffer: tuple[Array, ...], row: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Any]:
         index, time, weight = row
         # A row that ignores the denoiser (padding) or the noise (deterministic solvers) does not pay for it.
         x0 = jax.lax.cond(
@@ -125,12 +125,14 @@ def _scan(
         eps = jax.lax.cond(jnp.any(weight[:, slots + 1] != 0), draw, lambda _: jnp.zeros_like(x), index)
         terms = (*buffer, x0, eps)
         # Sums of products, elementwise: a dot would run in bfloat16 on a TPU.
-        buffer = tuple(
-            sum(weight[i, j] * term for j, term in enumerate(terms)).astype(x.dtype)  # type: ignore[union-attr]
+        mixed = [
+            functools.reduce(jnp.add, (w * term for w, term in zip(weight[i], terms, strict=True)))
             for i in range(slots)
-        )
-        return buffer, buffer[0] if keep else None
+        ]
+        buffer = tuple(state.astype(x.dtype) for state in mixed)
+        return buffer, emit(buffer[0])
 
     start = (x, *(jnp.zeros_like(x) for _ in range(slots - 1)))
     rows = (jnp.arange(times.shape[0]), times, weights)
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rows, unroll=unroll)
+    buffer, emitted = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rows, unroll=unroll)
+    return buffer[0], emitted

@@ -1,21 +1,22 @@
 """Solvers, each built as a table in float64 on the host.
 
-With d = denoise(x, t) and eps = (x - alpha d) / sigma, a step from time t to s < t of a solver with memory is linear in what it has
-seen, so it is a row of weights (`Table`). From here on alpha, sigma are the values at t and alpha_s, sigma_s those at s.
+With d = denoise(x, t) and eps = (x - alpha d) / sigma, a step from time t to s < t of a solver with memory is linear in
+what it has seen, so it is a row of weights (`Table`). From here on alpha, sigma are the values at t and alpha_s,
+sigma_s those at s.
 
 DDIM (Song et al. 2021, arXiv:2010.02502, Eq. 12) holds d and eps fixed over the step:
 
     x_s = alpha_s d + sqrt(sigma_s^2 - std^2) eps + std z,    z ~ N(0, I)                                 (1)
     std = eta sqrt(sigma_{t|s}^2 sigma_s^2 / sigma^2),    sigma_{t|s}^2 = sigma^2 - (alpha / alpha_s)^2 sigma_s^2   (2)
 
-At eta = 1 this is sampling from the posterior q(x_s | x_t, x0 = d), that is DDPM (arXiv:2006.11239, Eq. 7); at eta = 0 it is Euler's
-method on the probability-flow ODE. With scale S = path.scale, y = x / S and tau = sigma / S, along which alpha / S is affine with slope
-c, that ODE reads
+At eta = 1 this is sampling from the posterior q(x_s | x_t, x0 = d), that is DDPM (arXiv:2006.11239, Eq. 7); at eta = 0
+it is Euler's method on the probability-flow ODE. With scale S = path.scale, y = x / S and tau = sigma / S, along which
+alpha / S is affine with slope c, that ODE reads
 
     dy / dtau = eps + c d                                                                                 (3)
 
-which Heun's method integrates. DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) extrapolates d linearly in
-lambda = log(alpha / sigma), with h the step in lambda and h_before that of the step before:
+which Heun's method integrates. DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) extrapolates d linearly
+in lambda = log(alpha / sigma), with h the step in lambda and h_before that of the step before:
 
     x_s = sigma_s / sigma x + alpha_s (1 - e^-h) ((1 + h / (2 h_before)) d - h / (2 h_before) d_before)  (4)
 
@@ -60,7 +61,9 @@ def ddim(path: Path, times: ArrayLike, *, eta: float = 0.0) -> Table:
 
 
 def ddpm(path: Path, times: ArrayLike) -> Table:
-    """DDPM's ancestral sampling from the exact posterior, Eq. 1 at eta = 1: variance "beta tilde" (arXiv:2006.11239, Eq. 7).
+    """DDPM's ancestral sampling from the exact posterior, Eq. 1 at eta = 1. First order.
+
+    Its variance is the "beta tilde" of Ho et al. 2020 (arXiv:2006.11239, Eq. 7).
 
     Args:
         path: the Gaussian path.
@@ -95,9 +98,10 @@ def euler(path: Path, times: ArrayLike) -> Table:
 
 
 def heun(path: Path, times: ArrayLike) -> Table:
-    """Heun's method on the probability-flow ODE, Eq. 3: Karras et al. 2022 (arXiv:2206.00364), algorithm 1. Second order.
+    """Heun's method on the probability-flow ODE, Eq. 3. Second order.
 
-    Each step evaluates the denoiser twice, but for a last step to time 0, which is Euler's: 2n - 1 evaluations then.
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 1. Each step evaluates the denoiser twice, but for a last step to
+    time 0, which is Euler's: 2n - 1 evaluations then.
 
     Args:
         path: the Gaussian path.
@@ -167,9 +171,10 @@ def dpmpp_2m(path: Path, times: ArrayLike) -> Table:
 
 
 def pad(table: Table, *, rows: int | None = None, slots: int | None = None) -> Table:
-    """Gives a table more rows and slots that change nothing, so that one compiled sampler serves tables of several sizes.
+    """Gives a table more rows and slots that change nothing.
 
-    Added rows come last, leave the state as it is and do not call the denoiser.
+    One compiled sampler then serves tables of several sizes. Added rows come last, leave the state as it is and do not
+    call the denoiser.
 
     Args:
         table: the table to pad.
@@ -192,7 +197,9 @@ def pad(table: Table, *, rows: int | None = None, slots: int | None = None) -> T
     rows = old_rows if rows is None else rows
     slots = old_slots if slots is None else slots
     if rows < old_rows or slots < old_slots:
-        raise ValueError(f"cannot pad a table of {old_rows} rows and {old_slots} slots to {rows} rows and {slots} slots")
+        raise ValueError(
+            f"cannot pad a table of {old_rows} rows and {old_slots} slots to {rows} rows and {slots} slots"
+        )
     padded = np.zeros((rows, slots, slots + 2))
     padded[:old_rows, :old_slots, :old_slots] = weights[:, :, :old_slots]
     padded[:old_rows, :old_slots, slots:] = weights[:, :, old_slots:]

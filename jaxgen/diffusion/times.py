@@ -1,8 +1,8 @@
 """Grids of times for samplers: NumPy float64, from noise to data, built on the host.
 
-A grid of n steps holds n + 1 strictly decreasing times and ends at 0, the data. `uniform_times` is uniform in the path's own time;
-the others are uniform in a function of the noise-to-signal ratio rho = sigma / alpha, and so are the same grid of noise levels on
-every path. Any other decreasing array will do as well.
+A grid of n steps holds n + 1 strictly decreasing times and ends at 0, the data. `uniform_times` is uniform in the
+path's own time; the others are uniform in a function of the noise-to-signal ratio rho = sigma / alpha, and so are the
+same grid of noise levels on every path. Any other decreasing array will do as well.
 """
 
 import numpy as np
@@ -52,9 +52,7 @@ def karras_times(
     return _ratio_uniform(path, steps, t_min, t_max, lambda r: r ** (1 / rho), lambda u: u**rho)
 
 
-def log_snr_times(
-    path: Path, steps: int, *, t_min: float | None = None, t_max: float | None = None
-) -> np.ndarray:
+def log_snr_times(path: Path, steps: int, *, t_min: float | None = None, t_max: float | None = None) -> np.ndarray:
     """Uniform in log(sigma / alpha), then 0: the grid of the DPM-Solver papers (arXiv:2206.00927).
 
     Args:

@@ -57,9 +57,7 @@ class ConvAutoencoder(nn.Module):
             raise ValueError(f"`x` must have a height and width that 16 divides, got shape {list(x.shape)}")
         channels = x.shape[-1]
         for i, width in enumerate(_WIDTHS):
-            x = Conv(
-                width, 4, strides=2, padding=1, dtype=self.dtype, kernel_init=normal(0.02), name=f"down_{i}"
-            )(x)
+            x = Conv(width, 4, strides=2, padding=1, dtype=self.dtype, kernel_init=normal(0.02), name=f"down_{i}")(x)
             if i > 0:
                 x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"down_norm_{i}")(x)
             x = nn.leaky_relu(x, 0.2)

@@ -65,9 +65,7 @@ def convolve(
     pads = _pads(padding, x_size, kernel_size, strides, dilation)
     form = Form(x_size, kernel_size, strides, pads, dilation, groups)
     if min(form.y_size) < 1:
-        raise ValueError(
-            f"`x` of shape {list(x.shape)} is smaller than `kernel` of shape {list(kernel.shape)}"
-        )
+        raise ValueError(f"`x` of shape {list(x.shape)} is smaller than `kernel` of shape {list(kernel.shape)}")
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)) and groups == 1:
         x = x[:, :: strides[0], :: strides[1]]
         return jnp.matmul(x, kernel[0, 0], preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
@@ -111,9 +109,7 @@ def convolve_transpose(
     if extra[0] >= strides[0] or extra[1] >= strides[1]:
         raise ValueError(f"`output_padding` must be less than `strides` = {strides}, got {extra}")
     pads = _pads(padding, (0, 0), kernel_size, strides, (1, 1))
-    height, width = (
-        (x.shape[i + 1] - 1) * strides[i] - sum(pads[i]) + kernel_size[i] + extra[i] for i in (0, 1)
-    )
+    height, width = ((x.shape[i + 1] - 1) * strides[i] - sum(pads[i]) + kernel_size[i] + extra[i] for i in (0, 1))
     if min(height, width) < 1:
         raise ValueError(f"`x` of shape {list(x.shape)} gives an empty image with `padding` = {pads}")
     return bind(to_input_p, x, kernel, Form((height, width), kernel_size, strides, pads, (1, 1), 1))

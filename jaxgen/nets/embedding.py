@@ -46,9 +46,7 @@ def time_embedding(
     checks.shape("t", t, (None,))
     half = features // 2
     if features % 2 or half <= freq_shift:
-        raise ValueError(
-            f"`features` must be even and more than 2 * `freq_shift` = {2 * freq_shift:g}, got {features}"
-        )
+        raise ValueError(f"`features` must be even and more than 2 * `freq_shift` = {2 * freq_shift:g}, got {features}")
     rates = jnp.exp(-math.log(max_period) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
     angles = jnp.asarray(t, jnp.float32)[:, None] * rates
     waves = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))

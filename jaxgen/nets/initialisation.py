@@ -99,9 +99,7 @@ def normal(std: float) -> Initialiser:
     return _Normal(float(std))
 
 
-def variance_scaling(
-    scale: float = 1.0, *, mode: str = "fan_in", in_axis: int = -2, out_axis: int = -1
-) -> Initialiser:
+def variance_scaling(scale: float = 1.0, *, mode: str = "fan_in", in_axis: int = -2, out_axis: int = -1) -> Initialiser:
     """An initialiser: normal entries of variance ``scale`` / fan.
 
     He et al. 2015 (https://arxiv.org/abs/1502.01852).
@@ -173,15 +171,13 @@ def init(module: nn.Module, key: Key, *args: Any, **kwargs: Any) -> Params:
     drawn_key, foreign_key = jax.random.split(key)
     values: dict[int, Array] = {}
     if ours:
-        specs = [
-            _Leaf(leaves[i].value.shape, leaves[i].value.dtype, leaves[i].mean, leaves[i].std) for i in ours
-        ]
+        specs = [_Leaf(leaves[i].value.shape, leaves[i].value.dtype, leaves[i].mean, leaves[i].std) for i in ours]
         values.update(zip(ours, _draw(drawn_key, leaves=tuple(specs)), strict=True))
     if len(ours) < len(leaves):
         others = [i for i in range(len(leaves)) if i not in values]
-        computed = jax.jit(
-            lambda key: [leaf for i, leaf in enumerate(jax.tree.leaves(own(key))) if i in others]
-        )(foreign_key)
+        computed = jax.jit(lambda key: [leaf for i, leaf in enumerate(jax.tree.leaves(own(key))) if i in others])(
+            foreign_key
+        )
         values.update(zip(others, computed, strict=True))
     return jax.tree.unflatten(structure, [values[i] for i in range(len(leaves))])
 

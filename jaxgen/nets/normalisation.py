@@ -34,9 +34,7 @@ _STATISTICS, _MOMENTS = "batch_stats", "batch_moments"
 
 def _channel_moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Eq. 1 over ``axes``, which are kept with length 1; x in float32."""
-    shift = lax.stop_gradient(
-        x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
-    )
+    shift = lax.stop_gradient(x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))])
     centred = x - shift
     first, second = jnp.mean(centred, axes, keepdims=True), jnp.mean(centred**2, axes, keepdims=True)
     return shift + first, jnp.maximum(second - first**2, 0.0)
@@ -77,9 +75,7 @@ class GroupNorm(nn.Module):
         means, variances = _channel_moments(x, tuple(range(1, x.ndim - 1)))
         grouped = (*means.shape[:-1], self.groups, channels // self.groups)
         mean = jnp.mean(means.reshape(grouped), -1, keepdims=True)  # Eq. 2
-        variance = jnp.mean(
-            variances.reshape(grouped) + (means.reshape(grouped) - mean) ** 2, -1, keepdims=True
-        )
+        variance = jnp.mean(variances.reshape(grouped) + (means.reshape(grouped) - mean) ** 2, -1, keepdims=True)
 
         def spread(a: Array) -> Array:
             return jnp.broadcast_to(a, grouped).reshape(means.shape)

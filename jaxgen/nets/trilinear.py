@@ -24,8 +24,9 @@ primitive. A ``custom_vjp`` would lose forward mode (MeanFlow needs ``jvp`` insi
 ``jax.custom_derivatives.linear_call`` has no batching rule.
 
 How each is compiled is decided in one place, ``_primitive`` below. On CPU, (3) and (4) are written as plain
-NHWC/HWIO convolutions of operands that an ``optimization_barrier`` keeps transposed. Everywhere else they
-have the very dimension numbers that JAX itself emits, whose patterns cuDNN and the TPU compiler recognise.
+NHWC/HWIO convolutions of operands that are transposed in memory; XLA:CPU folds no transpose back into a
+convolution, so they stay plain in a loop's body. Everywhere else they have the very dimension numbers that
+JAX itself emits, whose patterns cuDNN and the TPU compiler recognise.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def _to_input(y: Array, kernel: Array, *, form: Form, plain: bool) -> Array:
     turned = kernel[::-1, ::-1].reshape(h, w, inputs, form.groups, outputs // form.groups)
     turned = jnp.swapaxes(turned, 2, 3).reshape(h, w, form.groups * inputs, outputs // form.groups)
     if plain:
-        turned = lax.optimization_barrier(turned.swapaxes(2, 3))
+        turned = turned.swapaxes(2, 3)
     padding = []
     for axis in (0, 1):
         reach = form.dilation[axis] * (form.kernel_size[axis] - 1)
@@ -128,12 +129,12 @@ def _to_kernel(x: Array, y: Array, *, form: Form, plain: bool) -> Array:
     images, features = x.shape[3] // form.groups, form.groups * x.shape[0]
     columns = x.reshape(*x.shape[:3], form.groups, images).transpose(4, 1, 2, 3, 0)
     kernel = convolution(
-        lax.optimization_barrier(columns.reshape(images, *form.x_size, features)),
-        lax.optimization_barrier(y.transpose(1, 2, 0, 3)),
+        columns.reshape(images, *form.x_size, features),
+        y.transpose(1, 2, 0, 3),
         dimension_numbers=_LAYOUT,
         feature_group_count=form.groups,
     )
-    return lax.optimization_barrier(kernel).transpose(1, 2, 0, 3)
+    return kernel.transpose(1, 2, 0, 3)
 
 
 # --- The same three as primitives: evaluation, compilation, differentiation, batching
@@ -150,9 +151,7 @@ def _primitive(name: str, native: Callable[..., Array], plain: Callable[..., Arr
 
     primitive.def_impl(evaluate)
     # Shapes, dtypes, shardings and varying axes are those of the convolution that will run.
-    primitive.def_abstract_eval(
-        lambda a, b, *, form: jax.make_jaxpr(partial(native, form=form))(a, b).out_avals[0]
-    )
+    primitive.def_abstract_eval(lambda a, b, *, form: jax.make_jaxpr(partial(native, form=form))(a, b).out_avals[0])
     # The one place that chooses by platform: plain convolutions on CPU, JAX's own patterns everywhere else.
     mlir.register_lowering(primitive, mlir.lower_fun(native, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False), platform="cpu")
@@ -161,9 +160,7 @@ def _primitive(name: str, native: Callable[..., Array], plain: Callable[..., Arr
 
 forward_p = _primitive("convolve", _forward, _forward)
 to_input_p = _primitive("convolve_to_input", partial(_to_input, plain=False), partial(_to_input, plain=True))
-to_kernel_p = _primitive(
-    "convolve_to_kernel", partial(_to_kernel, plain=False), partial(_to_kernel, plain=True)
-)
+to_kernel_p = _primitive("convolve_to_kernel", partial(_to_kernel, plain=False), partial(_to_kernel, plain=True))
 
 
 def bind(primitive: Primitive, a: Array, b: Array, form: Form) -> Array:

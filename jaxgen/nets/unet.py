@@ -187,9 +187,7 @@ class UNet(nn.Module):
                 skips.append(h)
             if level < len(levels) - 1:
                 padding = ((0, 1), (0, 1))
-                h = Conv(features, strides=2, padding=padding, dtype=self.dtype, name=f"down_{level}_sample")(
-                    h
-                )
+                h = Conv(features, strides=2, padding=padding, dtype=self.dtype, name=f"down_{level}_sample")(h)
                 skips.append(h)
 
         h = self._block("middle_block_0", h.shape[-1])(h, embedding)
@@ -199,9 +197,7 @@ class UNet(nn.Module):
 
         for level, features in reversed(levels):
             for i in range(self.blocks + 1):
-                h = self._stage(
-                    f"up_{level}", i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding
-                )
+                h = self._stage(f"up_{level}", i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding)
             if level > 0:
                 h = _Upsample(self.upsample, self.dtype, name=f"up_{level}_sample")(h)
 
@@ -214,9 +210,7 @@ class UNet(nn.Module):
         embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves)
         embedding = _dense(4 * self.channels, self.dtype, "time_1")(nn.silu(embedding))
         if labels is not None and self.num_classes is not None:
-            embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(
-                self.dtype
-            )
+            embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(self.dtype)
         return embedding
 
     def _stage(self, prefix: str, i: int, features: int, h: Array, embedding: Array) -> Array:
@@ -251,11 +245,7 @@ class UNet(nn.Module):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout:g}")
         if (labels is None) != (self.num_classes is None):
-            came, expected = (
-                ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
-            )
-            raise ValueError(
-                f"`labels` must be {expected} when `num_classes` is {self.num_classes}, got {came}"
-            )
+            came, expected = ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
+            raise ValueError(f"`labels` must be {expected} when `num_classes` is {self.num_classes}, got {came}")
         if labels is not None:
             checks.shape("labels", labels, (x.shape[0],))

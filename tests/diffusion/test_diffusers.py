@@ -98,7 +98,9 @@ def test_ddpm(monkeypatch):
 @pytest.mark.parametrize("steps", [5, 12, 30])
 def test_dpmpp_2m(steps):
     scheduler = float64(
-        diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=2, final_sigmas_type="zero", timestep_spacing="leading")
+        diffusers.DPMSolverMultistepScheduler(
+            **BETAS, solver_order=2, final_sigmas_type="zero", timestep_spacing="leading"
+        )
     )
     scheduler.set_timesteps(steps)
     # Their sigmas pass through float32: give both the same ones.
@@ -108,7 +110,9 @@ def test_dpmpp_2m(steps):
     np.testing.assert_allclose(ours(diffusion.dpmpp_2m(PATH, times)), theirs(scheduler), rtol=SINGLE)
 
 
-@pytest.mark.parametrize(("scheduler", "solver"), [("EulerDiscreteScheduler", "euler"), ("HeunDiscreteScheduler", "heun")])
+@pytest.mark.parametrize(
+    ("scheduler", "solver"), [("EulerDiscreteScheduler", "euler"), ("HeunDiscreteScheduler", "heun")]
+)
 def test_euler_and_heun_on_karras_sigmas(scheduler, solver):
     """Their state is x / alpha: both see the EDM path, with a denoiser of x0."""
     peer = getattr(diffusers, scheduler)(**BETAS, prediction_type="sample", use_karras_sigmas=False)

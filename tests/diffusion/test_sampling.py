@@ -55,8 +55,10 @@ def test_padding_changes_nothing_and_calls_nothing():
 
 def test_an_example_depends_on_its_key_and_index_alone():
     table = diffusion.ddpm(PATH, diffusion.karras_times(PATH, 6))
-    run = jax.jit(lambda key, n: diffusion.sample(
-        key, EXACT, table, diffusion.prior(key, PATH, table.times[0], (n, 3))), static_argnums=1)
+    run = jax.jit(
+        lambda key, n: diffusion.sample(key, EXACT, table, diffusion.prior(key, PATH, table.times[0], (n, 3))),
+        static_argnums=1,
+    )
     eight = run(KEY, 8)
     np.testing.assert_array_equal(eight[:3], run(KEY, 3))
     last = run(random.example_keys(KEY, 3, start=5), 3)
@@ -67,7 +69,18 @@ def test_an_example_depends_on_its_key_and_index_alone():
 def test_draws_of_rows_and_prior_are_independent():
     """Noise reused between rows, or between the prior and a row, would show as correlation."""
     n = 20_000
-    keep_noise = diffusion.Table(np.ones(2), np.array([[[0, 0, 1], ]] * 2, float))  # x <- fresh noise
+    keep_noise = diffusion.Table(
+        np.ones(2),
+        np.array(
+            [
+                [
+                    [0, 0, 1],
+                ]
+            ]
+            * 2,
+            float,
+        ),
+    )  # x <- fresh noise
     x = diffusion.prior(KEY, PATH, 1.0, (n, 1))
     states = diffusion.trajectory(KEY, lambda x, t: x, keep_noise, x)[..., 0]
     correlation = np.corrcoef(states)

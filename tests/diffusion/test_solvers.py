@@ -1,5 +1,7 @@
 """Solvers against exact denoisers: observed order, moments, and independence of what the network predicts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +146,7 @@ def test_heun_on_rectified_flow_averages_velocities():
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 3)))
         got = diffusion.sample(KEY, denoise, diffusion.heun(path, times), x)
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in itertools.pairwise(times):
             v1 = (x - denoise(x, t)) / t
             v2 = (x + (s - t) * v1 - denoise(x + (s - t) * v1, s)) / s
             x = x + 0.5 * (s - t) * (v1 + v2)

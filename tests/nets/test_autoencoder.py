@@ -27,9 +27,7 @@ def converted(torch, network):
     names = {
         torch.nn.Conv2d: iter([f"down_{i}" for i in range(4)]),
         torch.nn.ConvTranspose2d: iter([f"up_{i}" for i in range(4)]),
-        torch.nn.BatchNorm2d: iter(
-            [f"down_norm_{i}" for i in (1, 2, 3)] + [f"up_norm_{i}" for i in range(3)]
-        ),
+        torch.nn.BatchNorm2d: iter([f"down_norm_{i}" for i in (1, 2, 3)] + [f"up_norm_{i}" for i in range(3)]),
     }
     params = {}
     for layer in network:
@@ -66,9 +64,7 @@ def test_gradients_reach_every_parameter():
     params = init(model, jax.random.key(1), x)
     gradients = jax.jit(jax.grad(lambda p: jnp.mean((model.apply(p, x) - x) ** 2)))(params)
     assert all(
-        float(jnp.max(jnp.abs(g))) > 0
-        for path, g in jax.tree.leaves_with_path(gradients)
-        if "bias" not in str(path)
+        float(jnp.max(jnp.abs(g))) > 0 for path, g in jax.tree.leaves_with_path(gradients) if "bias" not in str(path)
     )
 
 

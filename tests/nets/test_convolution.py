@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxgen.nets import Conv, ConvTranspose, convolve, convolve_transpose, init, upsample_convolve
+from jaxgen.nets import (
+    Conv,
+    ConvTranspose,
+    convolve,
+    convolve_transpose,
+    init,
+    trilinear,
+    upsample_convolve,
+)
 
 FAST = "b01f_01io->b01f"
 
@@ -89,6 +97,10 @@ def test_agrees_with_jax_in_every_mode(problem):
     assert_close(every_mode(ours, *arguments), every_mode(theirs, *arguments))
 
 
+BATCHED = ("all at once", "1 x 1")
+
+
+@pytest.mark.parametrize("problem", [CASES[name] for name in BATCHED], ids=BATCHED, indirect=True)
 @pytest.mark.parametrize("axes", [(0, None), (None, 2), (1, 4)], ids=["images", "kernels", "both"])
 def test_agrees_with_jax_when_batched(problem, axes):
     ours, theirs, (x, kernel, dx, dkernel) = problem
@@ -104,6 +116,30 @@ def test_agrees_with_jax_when_batched(problem, axes):
         )
 
     assert_close(everything(ours, x, kernel), everything(theirs, x, kernel))
+
+
+@pytest.mark.parametrize("axes", [(2, None), (None, 1), (0, 4)], ids=["first", "second", "both"])
+@pytest.mark.parametrize("derivative", ["y", "x", "kernel"])
+def test_each_derivative_batches_over_each_operand(derivative, axes):
+    """Differentiation alone does not reach all of these: its cotangents are always mapped."""
+    form = trilinear.Form((7, 6), (3, 2), (2, 1), ((1, 1), (0, 2)), (1, 2), 2)
+    shapes = {"x": (2, 7, 6, 4), "kernel": (3, 2, 2, 6), "y": (2, *form.y_size, 6)}
+    primitive, names = {
+        "y": (trilinear.forward_p, ("x", "kernel")),
+        "x": (trilinear.to_input_p, ("y", "kernel")),
+        "kernel": (trilinear.to_kernel_p, ("x", "y")),
+    }[derivative]
+    rng = np.random.default_rng(0)
+    stacks = [rng.normal(size=(3, *shapes[name])) for name in names]
+
+    def one(a, b):
+        return trilinear.bind(primitive, a, b, form)
+
+    operands = [s[0] if axis is None else np.moveaxis(s, 0, axis) for s, axis in zip(stacks, axes, strict=True)]
+    mapped = jax.vmap(one, axes)(*map(jnp.asarray, operands))
+    for i in range(3):
+        pair = [jnp.asarray(s[0 if axis is None else i]) for s, axis in zip(stacks, axes, strict=True)]
+        assert_close(mapped[i], one(*pair))
 
 
 def test_nested_batching_and_per_example_second_order():
@@ -203,13 +239,9 @@ def test_gradients_of_shared_parameters_under_shard_map(check_vma):
         return lax.psum(value, "data"), gradient if check_vma else lax.psum(gradient, "data")
 
     run = jax.jit(
-        jax.shard_map(
-            mapped, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec(), check_vma=check_vma
-        )
+        jax.shard_map(mapped, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec(), check_vma=check_vma)
     )
-    assert_close(
-        run(x, kernel), jax.value_and_grad(lambda k: jnp.sum(convolve(x, k, strides=2) ** 2))(kernel)
-    )
+    assert_close(run(x, kernel), jax.value_and_grad(lambda k: jnp.sum(convolve(x, k, strides=2) ** 2))(kernel))
 
 
 def test_batch_sharded_under_jit():
@@ -228,9 +260,9 @@ def test_bfloat16_is_accumulated_in_float32():
     assert y.dtype == jnp.bfloat16
     assert float(y[0, 2, 2, 0]) == 2304
     assert float(convolve(x, kernel[:1, :1])[0, 0, 0, 0]) == 256
-    gradient = jax.grad(
-        lambda k: convolve(jnp.ones((16, 16, 16, 1), jnp.bfloat16), k).astype(jnp.float32).sum()
-    )(jnp.ones((3, 3, 1, 1), jnp.bfloat16))
+    gradient = jax.grad(lambda k: convolve(jnp.ones((16, 16, 16, 1), jnp.bfloat16), k).astype(jnp.float32).sum())(
+        jnp.ones((3, 3, 1, 1), jnp.bfloat16)
+    )
     assert float(gradient[1, 1, 0, 0]) == 4096
 
 
@@ -246,9 +278,7 @@ def test_transposed_convolution_is_the_transpose():
         x = rng.normal(size=(2, *size, 3))
         convolved = convolve(x, kernel, strides=strides, padding=padding)
         y = rng.normal(size=convolved.shape)
-        back = convolve_transpose(
-            jnp.asarray(y), kernel, strides=strides, padding=padding, output_padding=extra
-        )
+        back = convolve_transpose(jnp.asarray(y), kernel, strides=strides, padding=padding, output_padding=extra)
         assert back.shape == x.shape
         np.testing.assert_allclose(np.sum(convolved * y), np.sum(x * back), rtol=1e-10)
 
@@ -261,9 +291,7 @@ def test_transposed_convolution_agrees_with_torch(kernel, stride, padding, extra
     reference = torch.nn.ConvTranspose2d(6, 4, kernel, stride, padding, extra).double()
     x = np.random.default_rng(0).normal(size=(2, 5, 7, 6))
     expected = reference(torch.from_numpy(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
-    module = ConvTranspose(
-        4, kernel, strides=stride, padding=padding, output_padding=extra, dtype=jnp.float64
-    )
+    module = ConvTranspose(4, kernel, strides=stride, padding=padding, output_padding=extra, dtype=jnp.float64)
     weights = {
         "kernel": jnp.asarray(reference.weight.detach().numpy().transpose(2, 3, 1, 0)),
         "bias": jnp.asarray(reference.bias.detach().numpy()),

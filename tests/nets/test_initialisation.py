@@ -35,9 +35,7 @@ def stds(params):
 def test_distributions_are_those_of_module_init():
     ours, theirs = init(Mixed(), jax.random.key(0), X), Mixed().init(jax.random.key(1), X)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), theirs
-    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), theirs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05), stds(ours), stds(theirs))
     # ... which are these:
     expected = {"ours": 1 / math.sqrt(9 * 16), "normal": 0.02, "foreign": 1 / math.sqrt(32)}

@@ -43,12 +43,8 @@ def test_group_norm_gradient():
         params = {"params": {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)}}
         reference = nn.GroupNorm(num_groups=4, use_fast_variance=False)
         ours = GroupNorm(groups=4, dtype=jnp.float64)
-        gradients = [
-            jax.grad(lambda x, m=m: jnp.sum(jnp.sin(m.apply(params, x))))(x) for m in (ours, reference)
-        ]
-    np.testing.assert_allclose(
-        *gradients, rtol=1e-5, atol=1e-7
-    )  # parameters and statistics: float32 at least
+        gradients = [jax.grad(lambda x, m=m: jnp.sum(jnp.sin(m.apply(params, x))))(x) for m in (ours, reference)]
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)  # parameters and statistics: float32 at least
 
 
 def test_statistics_are_float32_whatever_the_dtype():
@@ -137,9 +133,7 @@ def test_batch_norm_sees_the_whole_batch_across_devices():
     params = init(module, jax.random.key(0), x)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
-    split = jax.jit(
-        jax.shard_map(lambda x: module.apply(params, x), mesh=mesh, in_specs=spec, out_specs=spec)
-    )
+    split = jax.jit(jax.shard_map(lambda x: module.apply(params, x), mesh=mesh, in_specs=spec, out_specs=spec))
     np.testing.assert_allclose(split(x), BatchNorm().apply(params, x), atol=1e-5)
 
 

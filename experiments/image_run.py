@@ -1,0 +1,224 @@
+"""What every experiment in image diffusion does with its recipe: train or go on, show, measure, sample."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments import judge
+from experiments.image_diffusion import Config, Platform, Samples, method
+from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run
+
+# Where a run's files are and what it runs on do not change what it computes.
+NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draws images from a trained run.
+
+    Image i depends on (seed, i, its class) alone, not on how many are drawn.
+    """
+
+    workdir: str
+    """Directory of the run."""
+    out: str | None = None
+    """File to write: .png for a grid, .npz for arrays "image" (float32 in [-1, 1]) and "label"; by default samples.png
+    in the run's directory."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw, in turn; all of them by default."""
+    count: int = 100
+    """How many images."""
+    solver: Literal["ddim", "ddpm", "euler", "heun", "dpmpp_2m"] = "dpmpp_2m"
+    """Solver."""
+    steps: int = 20
+    """Steps of the solver."""
+    eta: float | None = None
+    """Share of fresh noise, for ddim only: 0 (the default) to 1."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; the run's own by default."""
+    seed: int = 0
+    """Seed of the noise."""
+    columns: int = 10
+    """Images per row of the grid."""
+    batch_size: int = 100
+    """Images at a time; another size compiles anew."""
+    platform: Platform | None = None
+    """Devices to run on; JAX's choice by default."""
+
+
+def fit(name: str, config: Config) -> None:
+    """Trains, or goes on, and writes all that a run leaves behind.
+
+    Args:
+        name: the experiment's, as in ``python -m experiments.NAME``.
+        config: its settings.
+
+    Raises:
+        ValueError: a setting does not fit another, the devices or the data; or the directory is another run's.
+        OSError: the directory cannot be written.
+    """
+    _check(config)
+    mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp)
+    if config.batch_size % mesh.size:
+        raise ValueError(f"`batch_size` must divide among {mesh.size} devices, got {config.batch_size}")
+    training = data.load(config.dataset, split="train", data_dir=config.data_dir)
+    shape, classes = training["image"].shape[1:], int(training["label"].max()) + 1
+    workdir = Path(config.workdir)
+    run.claim(workdir, name, _identity(config, shape, classes))
+    ours = method(config, shape, classes)
+    like = place.state_shapes(ours, mesh)
+    samples = Samples(config, shape, classes, mesh)
+    table = samples.table("dpmpp_2m", config.sample_steps)
+
+    def draw(state: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(count) % classes
+        return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed), labels
+
+    def grid(step: int, state: Any) -> None:
+        path = workdir / "samples" / f"{step:07}.png"
+        images.save_grid(path, draw(state, 10 * classes)[0], columns=classes)
+
+    records = log.Log(workdir / "metrics.jsonl")
+    count = sum(leaf.size for leaf in jax.tree.leaves(like.learner.params))
+    records.say(
+        f"{name}: {len(training['image'])} images of {'x'.join(map(str, shape))}, {count:,} parameters, "
+        f"{mesh.size} {mesh.devices.flat[0].platform} device(s)"
+    )
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        if (done := checkpoints.latest()) is not None:
+            records.say(f"{workdir} holds step {done} of {config.steps}: going on from there")
+        state = loop.run(
+            place.jit(ours, mesh),
+            data.batches(
+                training,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+            key=jax.random.key(config.seed),
+            steps=config.steps,
+            like=like,
+            checkpoints=checkpoints,
+            save_every=config.save_every,
+            log=records,
+            log_every=config.log_every,
+            every=(loop.Every(config.grid_every, grid),),
+        )
+    images.save_grid(workdir / "samples.png", draw(state, 10 * classes)[0], columns=classes)
+    images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", ("loss", "grad_norm"))
+    if config.judged:
+        held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
+        trained = judge.train_judge(
+            training, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
+        )
+        records.say(judge.report(trained, *draw(state, config.judged), training, held_out, workdir))
+    records.say(
+        f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
+        f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
+    )
+
+
+def draw(name: str, options: Sample) -> None:
+    """Draws images from a run's last checkpoint to a file: the command ``sample``.
+
+    Args:
+        name: the experiment's.
+        options: what to draw.
+
+    Raises:
+        ValueError: an option is out of range; the directory is another experiment's.
+        OSError: there is no run in the directory, or the file cannot be written.
+    """
+    workdir = Path(options.workdir)
+    out = workdir / "drawn.png" if options.out is None else Path(options.out)
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
+    for field in ("count", "steps", "columns", "batch_size"):
+        checks.positive_integer(field, getattr(options, field))
+    config, shape, classes = _recalled(name, workdir)
+    if not all(0 <= label < classes for label in options.classes):
+        raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
+    mesh = place.mesh(place.devices(options.platform))
+    samples = Samples(config, shape, classes, mesh)
+    table = samples.table(options.solver, options.steps, options.eta)
+    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        state = checkpoints.restore(place.state_shapes(method(config, shape, classes), mesh))
+    labels = np.resize(options.classes or np.arange(classes), options.count)
+    drawn = samples(
+        state.average,
+        labels,
+        table,
+        guidance=config.guidance if options.guidance is None else options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    if out.suffix == ".npz":
+        images.save_arrays(out, image=drawn, label=labels)
+    else:
+        images.save_grid(out, drawn, columns=options.columns)
+    print(f"{options.count} images of the classes {sorted(set(labels.tolist()))} are in {out}")
+
+
+def smoke(config: Config) -> Config:
+    """The same experiment, tiny: every part of it runs, nothing is learned."""
+    return dataclasses.replace(
+        config,
+        workdir=config.workdir + "-smoke",
+        steps=20, warmup=5, batch_size=16, channels=8, groups=4, blocks=1, microbatches=1,
+        log_every=5, save_every=10, grid_every=10, sample_steps=4, judged=20 if config.judged else 0, judge_steps=20,
+    )  # fmt: skip
+
+
+def command_line(module: str, name: str, config: Config) -> None:
+    """An experiment's ``main``: training, ``--smoke`` and the command ``sample``."""
+    cli.main(
+        module,
+        cli.Command(functools.partial(fit, name), config, smoke(config)),
+        {"sample": cli.Command(functools.partial(draw, name), Sample(config.workdir))},
+    )
+
+
+def _check(config: Config) -> None:
+    for field in (
+        "steps",
+        "batch_size",
+        "microbatches",
+        "log_every",
+        "save_every",
+        "grid_every",
+        "sample_steps",
+    ):
+        checks.positive_integer(field, getattr(config, field))
+    if not 0 <= config.warmup < config.steps:
+        raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
+    if config.batch_size % config.microbatches:
+        raise ValueError(f"`microbatches` must divide `batch_size`, {config.batch_size}, got {config.microbatches}")
+    for field in ("label_dropout", "ema", "dropout"):
+        checks.interval(field, getattr(config, field), 0.0, 1.0)
+
+
+def _identity(config: Config, shape: Sequence[int], classes: int) -> dict[str, Any]:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    return {**settings, "image_shape": list(shape), "classes": classes}
+
+
+def _recalled(name: str, workdir: Path) -> tuple[Config, tuple[int, ...], int]:
+    """The settings of the run in ``workdir``, the shape of its images and how many classes they have."""
+    found = run.read_config(workdir)
+    if found["experiment"] != name:
+        raise ValueError(f"`workdir` {workdir} is a run of {found['experiment']!r}, not of {name!r}")
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found["config"].items()}
+    try:
+        shape: tuple[int, ...] = settings.pop("image_shape")
+        classes: int = settings.pop("classes")
+        return Config(workdir=str(workdir), **settings), shape, classes
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{workdir} was written by jaxgen {found['jaxgen']}, whose settings this version does not read ({error})"
+        ) from error
