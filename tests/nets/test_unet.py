@@ -205,7 +205,7 @@ def test_heads_split_the_channels():
 
 def test_forward_mode_inside_reverse_mode():
     """MeanFlow's derivative along the path, differentiated by the parameters."""
-    model = SMALL.clone(channels=8, multipliers=(1,), groups=4)
+    model = TINY.clone(channels=8, groups=4)
     x = X[:, ::2, ::2]
     params = init(model, jax.random.key(0), x, T)
 
