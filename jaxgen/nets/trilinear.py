@@ -1,10 +1,10 @@
 """The convolution as a trilinear form: three primitives, fast inside loops, one another's transposes.
 
-XLA:CPU runs the gradients of ``lax.conv_general_dilated`` 3 to 57 times slower inside ``scan``,
-``fori_loop`` and ``while_loop`` than outside (compare jax-ml/jax#12868). The gradients arrive as
-convolutions with permuted dimensions (``01oi``); outside loops the compiler brings these into the order that
-its fast kernel takes, in a loop's body it does not. PGD, guidance by gradients, k discriminator steps in a
-scan and scan-over-layers all differentiate inside a loop.
+XLA:CPU runs the gradients of ``lax.conv_general_dilated`` 50 to 100 times slower inside ``scan``,
+``fori_loop`` and ``while_loop`` than outside (``benchmarks.convolution``; compare jax-ml/jax#12868). They
+arrive as convolutions with permuted dimensions (``01oi``); outside loops the compiler brings these into the
+order that its fast kernel takes, in a loop's body it does not. PGD, guidance by gradients, k discriminator
+steps in a scan and scan-over-layers all differentiate inside a loop.
 
 The cure rests on one observation. A convolution is a trilinear form
 
