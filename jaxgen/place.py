@@ -150,7 +150,8 @@ def pmap(method: Method, *, axis_name: str = "data", devices: Sequence[jax.Devic
             batch does not divide among the devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    init = jax.pmap(method.init, axis_name, in_axes=None, axis_size=len(devices), devices=devices)
+    # pmap wants something mapped, be it a number that nobody uses.
+    copies = jax.pmap(lambda _, key: method.init(key), axis_name, in_axes=(0, None), devices=devices)
     compiled = jax.pmap(method.step, axis_name, in_axes=(0, 0, None), devices=devices, donate_argnums=0)
     checked = False
 
@@ -165,7 +166,7 @@ def pmap(method: Method, *, axis_name: str = "data", devices: Sequence[jax.Devic
         state, metrics = compiled(state, split, key)
         return state, first_copy(metrics)
 
-    return Method(init, step)
+    return Method(lambda key: copies(np.arange(len(devices)), key), step)
 
 
 def first_copy(state: Any) -> Any:

@@ -60,6 +60,6 @@ def draw(
     return jax.vmap(lambda key: sampler(key, tuple(shape), dtype))(keys)
 
 
-def normal(keys: Key, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+def normal(keys: Key, shape: Sequence[int], *, dtype: jnp.dtype = jnp.float32) -> Array:
     """Standard normal numbers [batch, *shape], example i from ``keys[i]``."""
     return draw(jax.random.normal, keys, shape, dtype)

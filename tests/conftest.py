@@ -7,3 +7,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+pytest_plugins = ["tests.served_data_sets"]

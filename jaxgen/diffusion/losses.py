@@ -68,7 +68,7 @@ def denoising_loss(
     draw_time = uniform_time(path) if draw_time is None else draw_time
     keys = random.example_keys(key, x0.shape[0], axis_name=axis_name)
     t = jax.vmap(draw_time)(random.fold(keys, 0)).astype(jnp.promote_types(x0.dtype, jnp.float32))
-    eps = random.normal(random.fold(keys, 1), x0.shape[1:], x0.dtype)
+    eps = random.normal(random.fold(keys, 1), x0.shape[1:], dtype=x0.dtype)
     c = path_coefficients(path, t, x0)
     output = net((c.alpha * x0 + c.sigma * eps).astype(x0.dtype), t)
     checks.same_shape("net(x, t)", output, "x0", x0)

@@ -39,7 +39,7 @@ def prior(key: Key, path: Path, time: float | Array, shape: Sequence[int], *, dt
         raise ValueError("`shape` must hold the batch as its first axis, got an empty shape")
     checks.interval("time", time, 0.0, path.t_max)
     keys = random.fold(random.keys_for(key, shape[0]), 0)
-    eps = random.normal(keys, shape[1:], dtype)
+    eps = random.normal(keys, shape[1:], dtype=dtype)
     return (path.sigma(jnp.asarray(time, jnp.promote_types(dtype, jnp.float32))) * eps).astype(dtype)
 
 
@@ -114,7 +114,7 @@ def _scan(
         return x0.astype(x.dtype)
 
     def draw(row: Array) -> Array:
-        return random.normal(random.fold(keys, row + 1), x.shape[1:], x.dtype)
+        return random.normal(random.fold(keys, row + 1), x.shape[1:], dtype=x.dtype)
 
     def step(buffer: tuple[Array, ...], row: tuple[Array, Array, Array]) -> tuple[tuple[Array, ...], Any]:
         index, time, weight = row
