@@ -2,13 +2,13 @@
 
     python -m experiments.cifar10_diffusion
 
-Settings follow EDM's class-conditional DDPM++ model (Karras et al. 2022, arXiv:2206.00364, table 7): 200 million images seen in batches
-of 512, learning rate 1e-3, dropout 0.13, an average of the weights with a half-life of 500,000 images, 18 steps of sampling. What differs:
-the U-Net is jaxgen's own (additive time embedding, attention at 16 pixels), the augmentation is mirroring alone, the learning rate decays
-along a cosine, the activations are bfloat16.
+Settings follow EDM's class-conditional DDPM++ model (Karras et al. 2022, arXiv:2206.00364, table 7): 200 million images
+seen in batches of 512, learning rate 1e-3, dropout 0.13, an average of the weights with a half-life of 500,000 images,
+18 steps of sampling. What differs: the U-Net is jaxgen's own (additive time embedding, attention at 16 pixels), the
+augmentation is mirroring alone, the learning rate decays along a cosine, the activations are bfloat16.
 
-Needs a network once, for tensorflow-datasets to fetch CIFAR-10 (160 MB). Nobody has run it to the end yet: no Fréchet distance is
-claimed. Its pipeline, and one step of a reduced form, are tested.
+Needs a network once, for tensorflow-datasets to fetch CIFAR-10 (160 MB). Nobody has run it to the end yet: no Fréchet
+distance is claimed. Its pipeline, and one step of a reduced form, are tested.
 """
 
 from experiments import image_run

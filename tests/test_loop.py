@@ -60,16 +60,16 @@ def assert_same(state, directory, undisturbed):
     assert records(directory) == undisturbed[1]
 
 
-class Power(Exception):
+class PowerError(Exception):
     """Somebody has pulled the plug."""
 
 
 @pytest.mark.parametrize("step", [1, 6, 7, 8, 21, 39])
 def test_a_run_cut_anywhere_and_started_again_ends_the_same(step, tmp_path, undisturbed):
     def cut(done, state):
-        raise Power
+        raise PowerError
 
-    with pytest.raises(Power):
+    with pytest.raises(PowerError):
         run(tmp_path, every=[loop.Every(step, cut)])
     assert_same(run(tmp_path), tmp_path, undisturbed)
 
@@ -99,9 +99,9 @@ def test_a_torn_line_is_dropped(tmp_path, undisturbed):
     def tear(done, state):
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2')
-        raise Power
+        raise PowerError
 
-    with pytest.raises(Power):
+    with pytest.raises(PowerError):
         run(tmp_path, every=[loop.Every(16, tear)])
     assert_same(run(tmp_path), tmp_path, undisturbed)
 
@@ -118,9 +118,9 @@ def test_onto_other_devices(tmp_path, undisturbed):
     """Stopped on one device, taken up on eight: the same data and noise, so the same up to rounding."""
 
     def cut(done, state):
-        raise Power
+        raise PowerError
 
-    with pytest.raises(Power):
+    with pytest.raises(PowerError):
         run(tmp_path, every=[loop.Every(20, cut)])
     eight, ours = place.mesh(fsdp=2), method()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -166,5 +166,5 @@ def test_bad_numbers_are_refused(name):
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match="`steps` must be at least 40, the checkpoint in .* got 30"):
+    with pytest.raises(ValueError, match=r"`steps` must be at least 40, the checkpoint in .* got 30"):
         run(tmp_path, steps=30)

@@ -102,7 +102,10 @@ def test_every_step_draws_anew_and_a_run_repeats():
     [
         (lambda: train.ema(1.0), r"`decay` must lie in \[0, 1\), got 1.0"),
         (lambda: train.ema(-0.1), "`decay` must lie in"),
-        (lambda: train.minimise(least_squares, optax.sgd(1), start, microbatches=0), "`microbatches` must be an integer"),
+        (
+            lambda: train.minimise(least_squares, optax.sgd(1), start, microbatches=0),
+            "`microbatches` must be an integer",
+        ),
         (
             lambda: run(train.minimise(least_squares, optax.sgd(1), start, microbatches=5), 1),
             "`microbatches` must divide the batch, got a batch of 12 and 5 microbatches",
