@@ -1,0 +1,214 @@
+"""Experiments as users run them: the command line, a kill in the middle, samples, and the published settings reduced."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cifar10_diffusion, digits_diffusion, image_run, mnist_diffusion
+from jaxgen import diffusion
+from jaxgen.checkpoint import Checkpoints
+
+# Minutes each, and not all of them have been seen to pass yet: run with -m slow.
+pytestmark = pytest.mark.slow
+
+OPTIONS = [
+    "--smoke", "--steps", "60", "--save-every", "7", "--log-every", "5", "--grid-every", "1000", "--judged", "0",
+]  # fmt: skip
+
+
+def start(*words, **options):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "experiments.digits_diffusion", *map(str, words)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finished(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+def state(workdir):
+    import orbax.checkpoint as ocp
+
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.latest()
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
+    return step, jax.tree.leaves(tree)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_killed_anywhere_and_started_again_ends_bit_by_bit_the_same(signum, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    code, _, err = finished(start(*OPTIONS, "--workdir", undisturbed))
+    assert code == 0, err
+    process = start(*OPTIONS, "--workdir", killed)
+    lines, deadline = random.randrange(1, 8), time.monotonic() + 200
+    metrics = killed / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signum)
+    code, _, err = finished(process)
+    assert code == (-signum if signum == signal.SIGKILL else 0), err
+    code, _, err = finished(start(*OPTIONS, "--workdir", killed))
+    assert code == 0, err
+    (step, got), (wanted_step, wanted) = state(killed), state(undisturbed)
+    assert step == wanted_step == 60
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records(killed) == records(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A smoke run of the digits, in this process."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    config = dataclasses.replace(image_run.smoke(digits_diffusion.CONFIG), workdir=str(workdir), platform="cpu")
+    image_run.fit("digits_diffusion", config)
+    return workdir
+
+
+def test_a_run_leaves_what_it_says(trained):
+    for picture in ("samples.png", "curves.png", "neighbours.png", "samples/0000010.png"):
+        with Image.open(trained / picture) as image:
+            assert min(image.size) >= 100
+    quality = json.loads((trained / "quality.json").read_text())
+    assert all(np.isfinite(value) for value in quality.values())
+    assert 0 <= quality["recognised"] <= 1
+    assert not list(trained.rglob("*.tmp"))
+
+
+def draw(trained, **options):
+    out = trained / "drawn.npz"
+    defaults = image_run.Sample(str(trained), out=str(out), count=6, batch_size=8)
+    image_run.draw("digits_diffusion", dataclasses.replace(defaults, **options))
+    with np.load(out) as arrays:
+        return arrays["image"], arrays["label"]
+
+
+def test_samples_are_functions_of_seed_index_and_class(trained):
+    image, label = draw(trained, classes=(3, 7))
+    assert image.shape == (6, 8, 8, 1)
+    assert label.tolist() == [3, 7, 3, 7, 3, 7]
+    more, _ = draw(trained, classes=(3, 7), count=11, batch_size=16)
+    np.testing.assert_allclose(more[:6], image, atol=1e-5)
+    other, _ = draw(trained, classes=(3, 7), seed=1)
+    assert np.abs(other - image).max() > 0.1
+
+
+def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
+    traces, compiled = [], []
+    original, rows = diffusion.sample, image_run.Samples.__call__
+
+    def counted(*args, **options):
+        traces.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(diffusion, "sample", counted)
+    config, shape, classes = image_run._recalled("digits_diffusion", trained)
+    mesh = image_run.place.mesh(jax.devices()[:1])
+    samples = image_run.Samples(config, shape, classes, mesh)
+    params = image_run.method(config, shape, classes).init(jax.random.key(0)).average
+    for seed, (solver, steps) in enumerate([("ddim", 3), ("ddpm", 50), ("euler", 1), ("heun", 18), ("dpmpp_2m", 20)]):
+        rows(samples, params, np.arange(4), samples.table(solver, steps), guidance=seed / 2, seed=seed, batch_size=4)
+        compiled.append(len(traces))
+    assert compiled == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("experiment", "images"),
+    [(mnist_diffusion, (28, 28, 1)), (cifar10_diffusion, (32, 32, 3))],
+    ids=["mnist", "cifar10"],
+    indirect=["images"],
+)
+def test_published_settings_reduced(experiment, images, request, tmp_path):
+    """The whole experiment on served data: same code, fewer channels, two steps."""
+    name = experiment.CONFIG.dataset
+    request.getfixturevalue(name)
+    config = dataclasses.replace(
+        image_run.smoke(experiment.CONFIG), workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"),
+        platform="cpu", steps=2, warmup=1, batch_size=8, save_every=2, grid_every=2, sample_steps=2, judged=0,
+    )  # fmt: skip
+    image_run.fit(f"{name}_diffusion", config)
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 2
+
+
+def test_another_experiments_directory_is_refused(trained):
+    with pytest.raises(ValueError, match="is a run of 'digits_diffusion', not of 'mnist_diffusion'"):
+        image_run.draw("mnist_diffusion", image_run.Sample(str(trained)))
+
+
+def test_other_settings_are_refused(trained):
+    config = dataclasses.replace(image_run.smoke(digits_diffusion.CONFIG), workdir=str(trained), seed=1)
+    with pytest.raises(ValueError, match="seed is 0 there, got 1"):
+        image_run.fit("digits_diffusion", config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": (3, 10)}, r"`classes` must lie in \[0, 9\], got \[3, 10\]"),
+        ({"count": 0}, "`count` must be an integer of at least 1"),
+        ({"steps": 0}, "`steps` must be an integer of at least 1"),
+        ({"out": "x.gif"}, "`out` must be a .png or .npz file"),
+        ({"solver": "heun", "eta": 0.5}, "`eta` is for the solver ddim"),
+        ({"platform": "tpu"}, "`platform` is 'tpu', but JAX finds none here"),
+    ],
+)
+def test_bad_options_are_refused_by_name(trained, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(trained, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--platform", "tpu"], "error: `platform` is 'tpu'"),
+        (["--dataset", "nonesuch"], "nonesuch"),
+        (["--warmup", "99999"], "error: `warmup` must lie in"),
+        (["--batch-size", "0"], "error: `batch_size` must be an integer of at least 1, got 0"),
+        (["sample", "--workdir", "/nonexistent"], "error: `directory` /nonexistent holds no config.json"),
+        (["--workdir", "/proc/run"], "error: `directory` /proc/run cannot be written"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(words, message, tmp_path):
+    code, _, err = finished(start(*([] if "--workdir" in words else ["--workdir", tmp_path / "run"]), *words))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_complete_and_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv[1:] = ['--help']\n"
+        "from experiments import digits_diffusion\n"
+        "try: digits_diffusion.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'orbax', 'tensorflow_datasets', 'grain', 'sklearn', 'matplotlib', 'scipy.stats'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for field in dataclasses.fields(digits_diffusion.CONFIG):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+    assert "--smoke" in done.stdout
