@@ -120,9 +120,9 @@ def heun(path: Path, times: ArrayLike) -> Table:
         raise ValueError("heun: alpha is 0 at `times[0]` and the path names no other `scale`; start at a smaller time")
     tau = sigma / scale
     at, rows = [], []
-    euler_rows = ddim(path, times).weights
+    predictors = np.asarray(ddim(path, times).weights)[:, 0]
     for i in range(len(times) - 1):
-        per_x, per_d, _ = np.asarray(euler_rows)[i, 0]
+        per_x, per_d, _ = predictors[i]
         # Slots: the point to evaluate, the step's start, the denoiser's output there.
         at.append(times[i])
         rows.append([[per_x, 0, 0, per_d, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
