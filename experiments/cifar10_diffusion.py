@@ -8,7 +8,7 @@ seen in batches of 512, learning rate 1e-3, dropout 0.13, an average of the weig
 augmentation is mirroring alone, the learning rate decays along a cosine, the activations are bfloat16.
 
 Needs a network once, for tensorflow-datasets to fetch CIFAR-10 (160 MB). Nobody has run it to the end yet: no Fréchet
-distance is claimed. Its pipeline is tested.
+distance is claimed. The tests run a reduced form of it.
 """
 
 from experiments import image_run

@@ -6,7 +6,7 @@ The data come with scikit-learn, so no network is needed. The run measures itsel
 digits says how many samples it recognises as the class that was asked for, beside the Fréchet distance on its features
 and the nearest training image of some samples. Stop it with Ctrl-C, and the same command goes on from there.
 
-Two CPU cores, about 5 minutes of training while both were also busy elsewhere. Seed 0: the classifier, right on 98.6 %
+Two CPU cores: 3.1 minutes of training (1,037 images/s), 3.8 for all. Seed 0: the classifier, right on 98.6 %
 of 359 held-out images, recognises 99.6 % of 1,000 samples; Fréchet distance on its features 3.8, that of the held-out
 images 5.7; median distance to the nearest training image 1.98, of the held-out images 2.04.
 """

@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import judge
 from experiments.image_diffusion import Config, Platform, Samples, method
-from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run
+from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run, train
 
 # Where a run's files are and what it runs on do not change what it computes.
 NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every")
@@ -70,8 +71,6 @@ def fit(name: str, config: Config) -> None:
     shape, classes = training["image"].shape[1:], int(training["label"].max()) + 1
     workdir = Path(config.workdir)
     run.claim(workdir, name, _identity(config, shape, classes))
-    ours = method(config, shape, classes)
-    like = place.state_shapes(ours, mesh)
     samples = Samples(config, shape, classes, mesh)
     table = samples.table("dpmpp_2m", config.sample_steps)
 
@@ -79,20 +78,44 @@ def fit(name: str, config: Config) -> None:
         labels = np.arange(count) % classes
         return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed), labels
 
-    def grid(step: int, state: Any) -> None:
-        path = workdir / "samples" / f"{step:07}.png"
+    def grid(path: Path, state: Any) -> None:
         images.save_grid(path, draw(state, 10 * classes)[0], columns=classes)
 
     records = log.Log(workdir / "metrics.jsonl")
-    count = sum(leaf.size for leaf in jax.tree.leaves(like.learner.params))
+    records.say(f"{name}: {len(training['image'])} images of {'x'.join(map(str, shape))}")
+    ours = method(config, shape, classes)
+    pictures = loop.Every(config.grid_every, lambda step, state: grid(workdir / "samples" / f"{step:07}.png", state))
+    state = _train(config, ours, mesh, training, records, pictures)
+    grid(workdir / "samples.png", state)
+    images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", ("loss", "grad_norm"))
+    if config.judged:
+        held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
+        trained = judge.train_judge(
+            training, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
+        )
+        records.say(judge.report(trained, *draw(state, config.judged), training, held_out, workdir))
     records.say(
-        f"{name}: {len(training['image'])} images of {'x'.join(map(str, shape))}, {count:,} parameters, "
-        f"{mesh.size} {mesh.devices.flat[0].platform} device(s)"
+        f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
+        f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
     )
-    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+
+
+def _train(
+    config: Config,
+    ours: train.Method,
+    mesh: Mesh,
+    training: Mapping[str, np.ndarray],
+    records: log.Log,
+    pictures: loop.Every,
+) -> Any:
+    """The state after the last step, from the last checkpoint on if there is one."""
+    like = place.state_shapes(ours, mesh)
+    count = sum(leaf.size for leaf in jax.tree.leaves(like.learner.params))
+    records.say(f"{count:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s)")
+    with checkpoint.Checkpoints(Path(config.workdir) / "checkpoints") as checkpoints:
         if (done := checkpoints.latest()) is not None:
-            records.say(f"{workdir} holds step {done} of {config.steps}: going on from there")
-        state = loop.run(
+            records.say(f"{config.workdir} holds step {done} of {config.steps}: going on from there")
+        return loop.run(
             place.jit(ours, mesh),
             data.batches(
                 training,
@@ -108,20 +131,8 @@ def fit(name: str, config: Config) -> None:
             save_every=config.save_every,
             log=records,
             log_every=config.log_every,
-            every=(loop.Every(config.grid_every, grid),),
+            every=(pictures,),
         )
-    images.save_grid(workdir / "samples.png", draw(state, 10 * classes)[0], columns=classes)
-    images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", ("loss", "grad_norm"))
-    if config.judged:
-        held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
-        trained = judge.train_judge(
-            training, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
-        )
-        records.say(judge.report(trained, *draw(state, config.judged), training, held_out, workdir))
-    records.say(
-        f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
-        f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
-    )
 
 
 def draw(name: str, options: Sample) -> None:

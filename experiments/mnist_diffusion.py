@@ -3,7 +3,7 @@
     python -m experiments.mnist_diffusion
 
 Needs a network once, for tensorflow-datasets to fetch MNIST (11 MB). Meant for one GPU or a TPU VM. Nobody has run it
-to the end yet, so no quality is claimed here; its pipeline is tested.
+to the end yet, so no quality is claimed here; the tests run a reduced form of it.
 """
 
 from experiments import image_run

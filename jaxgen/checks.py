@@ -59,6 +59,15 @@ def interval(name: str, x: Any, low: float, high: float) -> None:
         raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], got {_range(values)}")
 
 
+def positive(name: str, x: Any) -> None:
+    """Raises ValueError unless every value of ``x`` is finite and above 0; traced values are not looked at."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    values = np.asarray(x)
+    if not (np.all(values > 0) and np.all(np.isfinite(values))):
+        raise ValueError(f"`{name}` must be above 0 and finite, got {_range(values)}")
+
+
 def positive_integer(name: str, x: Any) -> None:
     """Raises ValueError unless ``x`` is an integer of at least 1."""
     if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 1:

@@ -15,11 +15,8 @@ import pytest
 from PIL import Image
 
 from experiments import cifar10_diffusion, digits_diffusion, image_run, mnist_diffusion
-from jaxgen import diffusion
+from jaxgen import diffusion, place
 from jaxgen.checkpoint import Checkpoints
-
-# Minutes each, and not all of them have been seen to pass yet: run with -m slow.
-pytestmark = pytest.mark.slow
 
 OPTIONS = [
     "--smoke", "--steps", "60", "--save-every", "7", "--log-every", "5", "--grid-every", "1000", "--judged", "0",
@@ -45,15 +42,13 @@ def records(workdir):
 
 
 def state(workdir):
-    import orbax.checkpoint as ocp
-
+    method = image_run.method(*image_run._recalled("digits_diffusion", workdir))
+    like = place.state_shapes(method, place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest()
-    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / str(step) / "default")
-    return step, jax.tree.leaves(tree)
+        return checkpoints.latest(), jax.tree.leaves(checkpoints.restore(like))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_and_started_again_ends_bit_by_bit_the_same(signum, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     code, _, err = finished(start(*OPTIONS, "--workdir", undisturbed))
@@ -124,7 +119,7 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
 
     monkeypatch.setattr(diffusion, "sample", counted)
     config, shape, classes = image_run._recalled("digits_diffusion", trained)
-    mesh = image_run.place.mesh(jax.devices()[:1])
+    mesh = place.mesh(jax.devices()[:1])
     samples = image_run.Samples(config, shape, classes, mesh)
     params = image_run.method(config, shape, classes).init(jax.random.key(0)).average
     for seed, (solver, steps) in enumerate([("ddim", 3), ("ddpm", 50), ("euler", 1), ("heun", 18), ("dpmpp_2m", 20)]):
@@ -135,8 +130,10 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
 
 @pytest.mark.parametrize(
     ("experiment", "images"),
-    [(mnist_diffusion, (28, 28, 1)), (cifar10_diffusion, (32, 32, 3))],
-    ids=["mnist", "cifar10"],
+    [
+        pytest.param(mnist_diffusion, (28, 28, 1), id="mnist", marks=pytest.mark.slow),
+        pytest.param(cifar10_diffusion, (32, 32, 3), id="cifar10"),
+    ],
     indirect=["images"],
 )
 def test_published_settings_reduced(experiment, images, request, tmp_path):
@@ -187,7 +184,7 @@ def test_bad_options_are_refused_by_name(trained, options, message):
         (["--warmup", "99999"], "error: `warmup` must lie in"),
         (["--batch-size", "0"], "error: `batch_size` must be an integer of at least 1, got 0"),
         (["sample", "--workdir", "/nonexistent"], "error: `directory` /nonexistent holds no config.json"),
-        (["--workdir", "/proc/run"], "error: `directory` /proc/run cannot be written"),
+        (["--workdir", "/proc/run"], "`directory` /proc/run cannot be written"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(words, message, tmp_path):

@@ -85,13 +85,13 @@ def uniform_time(path: Path) -> TimeDraw:
 
 def log_normal_time(mean: float = -1.2, std: float = 1.2) -> TimeDraw:
     """Times whose logarithm is normal: EDM's training noise levels (arXiv:2206.00364, table 1)."""
-    _check_std(std)
+    checks.positive("std", std)
     return lambda key: jnp.exp(mean + std * jax.random.normal(key))
 
 
 def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeDraw:
     """Times in (0, 1) whose log(t / (1 - t)) is normal: SD3's rectified flows (arXiv:2403.03206, section 3.1)."""
-    _check_std(std)
+    checks.positive("std", std)
     return lambda key: jax.nn.sigmoid(mean + std * jax.random.normal(key))
 
 
@@ -104,8 +104,7 @@ def min_snr(gamma: float = 5.0) -> Weight:
     Raises:
         ValueError: ``gamma`` is not above 0.
     """
-    if not gamma > 0:
-        raise ValueError(f"`gamma` must be above 0, got {gamma}")
+    checks.positive("gamma", gamma)
     return lambda c, prediction: jnp.minimum((c.alpha / c.sigma) ** 2, gamma) / prediction.gain(c)
 
 
@@ -120,8 +119,7 @@ def edm_weight(sigma_data: float = 0.5) -> Weight:
     Raises:
         ValueError: ``sigma_data`` is not above 0.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"`sigma_data` must be above 0, got {sigma_data}")
+    checks.positive("sigma_data", sigma_data)
     return lambda c, prediction: (1 / sigma_data**2 + (c.alpha / c.sigma) ** 2) / prediction.gain(c)
 
 
@@ -142,8 +140,3 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> Array:
     0.9189...
     """
     return 0.5 * (jnp.square(x - jnp.asarray(mean)) / variance + jnp.log(2 * jnp.pi * jnp.asarray(variance)))
-
-
-def _check_std(std: float) -> None:
-    if not std > 0:
-        raise ValueError(f"`std` must be above 0, got {std}")

@@ -190,8 +190,13 @@ def coefficients(path: Path, t: ArrayLike, x: Array) -> tuple[Array, Array]:
         ValueError: ``t`` has another shape, or holds a known value out of range.
     """
     t = times_for(path, t, x)
-    t = t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+    t = beside(t, x) if t.ndim else t
     return path.alpha(t), path.sigma(t)
+
+
+def beside(t: Array, x: Array) -> Array:
+    """One value per example, t [batch], as [batch, 1, ...], so that it multiplies x [batch, ...]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - 1))
 
 
 def times_for(path: Path, t: ArrayLike, x: Array) -> Array:

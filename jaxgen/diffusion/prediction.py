@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import checks
-from jaxgen.diffusion.path import Path, times_for
+from jaxgen.diffusion.path import Path, beside, times_for
 from jaxgen.typing import Array, Denoiser, Network
 
 
@@ -97,8 +97,10 @@ def denoiser(path: Path, prediction: Prediction, net: Network) -> Denoiser:
         A Denoiser ``(x [batch, ...], t [batch] or scalar) -> x0``, of the shape and dtype of x. It raises ValueError
         where the network's output has another shape than x, or where a time that is known is not in [0, path.t_max].
 
-    >>> path = linear_beta()  # doctest: +SKIP
-    >>> denoise = denoiser(path, noise, lambda x, t: model.apply(params, x, t))  # doctest: +SKIP
+    >>> from jaxgen import diffusion
+    >>> blank = diffusion.denoiser(diffusion.linear_beta(), diffusion.noise, lambda x, t: x)  # x is all noise, it says
+    >>> blank(jnp.ones((2, 8, 8, 1)), 0.0).shape
+    (2, 8, 8, 1)
     """
 
     def denoise(x: Array, t: Array) -> Array:
@@ -128,13 +130,12 @@ def edm_precondition(net: Network, *, sigma_data: float = 0.5) -> Denoiser:
     Raises:
         ValueError: ``sigma_data`` is not above 0.
     """
-    if not sigma_data > 0:
-        raise ValueError(f"`sigma_data` must be above 0, got {sigma_data}")
+    checks.positive("sigma_data", sigma_data)
 
     def denoise(x: Array, t: Array) -> Array:
         checks.floating("x", x)
         t = jnp.broadcast_to(jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32)), x.shape[:1])
-        sigma = t.reshape(t.shape + (1,) * (x.ndim - 1))
+        sigma = beside(t, x)
         variance = sigma**2 + sigma_data**2
         c_skip = sigma_data**2 / variance
         c_out = sigma * sigma_data * jax.lax.rsqrt(variance)
@@ -148,7 +149,7 @@ def edm_precondition(net: Network, *, sigma_data: float = 0.5) -> Denoiser:
 
 def path_coefficients(path: Path, t: Array, x: Array) -> Coefficients:
     """The path's coefficients and their derivatives at times t [batch], shaped to multiply x [batch, ...]."""
-    t = t.reshape(t.shape + (1,) * (x.ndim - 1))
+    t = beside(t, x)
     alpha, alpha_dot = jax.jvp(path.alpha, (t,), (jnp.ones_like(t),))
     sigma, sigma_dot = jax.jvp(path.sigma, (t,), (jnp.ones_like(t),))
     return Coefficients(alpha, sigma, alpha_dot, sigma_dot)

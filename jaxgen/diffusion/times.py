@@ -47,8 +47,7 @@ def karras_times(
     Raises:
         ValueError: an argument is out of range, or alpha is 0 at ``t_max``, so that the ratio is infinite there.
     """
-    if not rho > 0:
-        raise ValueError(f"`rho` must be above 0, got {rho}")
+    checks.positive("rho", rho)
     return _ratio_uniform(path, steps, t_min, t_max, lambda r: r ** (1 / rho), lambda u: u**rho)
 
 
