@@ -35,7 +35,7 @@ def nearest_neighbours(queries: Array, references: Array, *, block_size: int = 2
         )
 
     # |q - r|^2 expands to a product of matrices; the offset common to all keeps its digits.
-    centre = references.mean(axis=0)
+    centre = jnp.mean(references, axis=0)
     references = references - centre
     lengths = jnp.sum(references**2, axis=1)
 
