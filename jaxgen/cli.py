@@ -51,7 +51,7 @@ def main(
         args: the command line; the program's own by default.
 
     Raises:
-        SystemExit: always with a code other than 0: 2 for bad input, 130 after SIGINT.
+        SystemExit: with 2 for bad input, 130 after SIGINT; with 0 after SIGTERM and ``--help``.
     """
     import tyro
 
@@ -79,7 +79,7 @@ def main(
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("JAXGEN_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -95,10 +95,10 @@ def _keep_compiled_programs() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = root / "jaxgen" / "compiled"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return  # a cache that cannot be kept costs time and nothing else
     jax.config.update("jax_compilation_cache_dir", str(directory))

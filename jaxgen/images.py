@@ -5,8 +5,10 @@ Pillow and matplotlib are imported inside the functions: a program's ``--help`` 
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +22,24 @@ def save_grid(path: str | os.PathLike[str], images: ArrayLike, *, columns: int, 
 
     Args:
         path: the file; written whole or not at all.
-        images: [n, height, width, channels], n at least 1, floating in [-1, 1] (values beyond are clipped), 1 or 3
+        images: [n, height, width, channels], none of them 0, floating in [-1, 1] (values beyond are clipped), 1 or 3
             channels.
         columns: images per row.
-        smallest: pixels that the grid's longer side should at least have.
+        smallest: pixels that the grid's longer side has at least.
 
     Raises:
-        ValueError: the shape is wrong, there is no image, or values are not finite.
+        TypeError: the images are not floating-point.
+        ValueError: the shape is wrong, there is no pixel, a value is NaN, or a number is not a positive integer.
         OSError: the file cannot be written.
     """
     from PIL import Image
 
     checks.positive_integer("columns", columns)
+    checks.positive_integer("smallest", smallest)
     checks.shape("images", images, (None, None, None, None))
     pixels = to_uint8(images)
     n, height, width, channels = pixels.shape
-    if n < 1 or channels not in (1, 3):
+    if not pixels.size or channels not in (1, 3):
         raise ValueError(f"`images` must be at least one image of 1 or 3 channels, got shape {list(pixels.shape)}")
     rows, gap = -(-n // columns), 2
     grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 96, np.uint8)
@@ -54,26 +58,29 @@ def save_curves(path: str | os.PathLike[str], records: str | os.PathLike[str], n
     Args:
         path: the PNG file; written whole or not at all.
         records: the file of JSON lines, each holding "step".
-        names: the metrics to draw; those that no line holds are left out.
+        names: the metrics to draw; those of which no line holds a number are left out, and where there is none, no file
+            is written. A null is a gap in the curve.
 
     Raises:
         OSError: a file cannot be read or written.
+        ValueError: a line is not JSON.
     """
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in Path(records).read_text().splitlines()]
-    held = [name for name in names if any(name in line for line in lines)]
+    held = [name for name in names if any(line.get(name) is not None for line in lines)]
     if not held:
         return
     # A Figure of its own, not pyplot: no display, no global state.
     figure = Figure(figsize=(5 * len(held), 3.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(held), squeeze=False)[0], held, strict=True):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axes.plot(*zip(*points, strict=True), linewidth=1)
+        steps, values = np.array(points, np.float64).T  # None becomes NaN
+        axes.plot(steps, values, linewidth=1)
         axes.set_xlabel("step")
         axes.set_title(name.replace("_", " "))
         axes.grid(alpha=0.3)
-        if min(value for _, value in points) > 0:
+        if np.nanmin(values) > 0:
             axes.set_yscale("log")
     _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
@@ -83,15 +90,20 @@ def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
 
     Args:
         path: the file.
-        arrays: any shapes.
+        arrays: any shapes, of NumPy's own dtypes: a bfloat16 would come back as bytes, an object not without pickle.
 
     Raises:
+        ValueError: an array is of another dtype.
         OSError: the file cannot be written.
     """
+    host: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in host.items():
+        if array.dtype.hasobject or array.dtype.isbuiltin == 2:  # 2: registered by a library, such as ml_dtypes
+            raise ValueError(f"`{name}` must be of one of NumPy's own dtypes, got {array.dtype}")
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            np.savez_compressed(file, **host)
 
     _write(path, save)
 
@@ -99,7 +111,8 @@ def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
 def _write(path: str | os.PathLike[str], save: Callable[[Path], None]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own: two programs that write one file at once do not mix.
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         save(temporary)
         os.replace(temporary, path)

@@ -15,9 +15,9 @@ PLAIN_EVERY = 10.0  # seconds between lines where the output is not a terminal
 class Log:
     """Metrics by step, to a file of JSON lines and to a line of progress.
 
-    Each line of the file is an object with "step" and the metrics. A run that is resumed takes up the file where its
-    checkpoint
-    stands: lines of later steps, and a line cut short by a kill, are dropped and will be written again.
+    Each line of the file is an object with "step" and the metrics, null for one that is not finite, which JSON has no
+    number for. A run that is resumed takes up the file where its checkpoint stands: lines of later steps, and a line
+    cut short by a kill, are dropped and will be written again.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, *, out: IO[str] | None = None) -> None:
@@ -40,7 +40,7 @@ class Log:
         self._first, self._first_step, self._last_plain = time.perf_counter(), step, -math.inf
         self._steps, self._batch = steps, batch
         if self._path is not None and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             temporary = self._path.with_name(self._path.name + ".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self._path)
@@ -56,7 +56,7 @@ class Log:
         speed = round(rate * self._batch, 1)
         self.record(step, {**metrics, "examples_per_second": speed})
         shown = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        left = (self._steps - step) / rate
+        left = (self._steps - step) / rate if rate > 0 else math.inf
         line = f"step {step}/{self._steps}  {shown}  {speed:.0f} images/s  {_clock(left)} left"
         if self._live:
             self._out.write("\r" + line.ljust(self._width))
@@ -69,8 +69,10 @@ class Log:
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Records values of a step in the file alone."""
         if self._path is not None:
+            line = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
+            text = json.dumps(line, allow_nan=False) + "\n"
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(text)
 
     def say(self, text: str) -> None:
         """Prints a line of its own, below the live one."""
@@ -82,12 +84,18 @@ class Log:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
