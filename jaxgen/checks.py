@@ -59,6 +59,12 @@ def interval(name: str, x: Any, low: float, high: float) -> None:
         raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], got {_range(values)}")
 
 
+def finite(name: str, x: Any) -> None:
+    """Raises ValueError unless every value of ``x`` is finite; traced values are not looked at."""
+    if not isinstance(x, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(x))):
+        raise ValueError(f"`{name}` must be finite, got {_range(np.asarray(x))}")
+
+
 def positive(name: str, x: Any) -> None:
     """Raises ValueError unless every value of ``x`` is finite and above 0; traced values are not looked at."""
     if isinstance(x, jax.core.Tracer):

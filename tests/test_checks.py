@@ -34,6 +34,8 @@ INF, NAN = np.inf, np.nan
         (checks.interval, ([-2, 1], 0, 1), ValueError, "`x` must lie in [0, 1], got values from -2 to 1"),
         (checks.interval, (NAN, -INF, INF), ValueError, "`x` must lie in [-inf, inf], got nan"),
         (checks.interval, ([NAN, 0], -INF, INF), ValueError, "`x` must lie in [-inf, inf], got values that are not finite"),
+        (checks.finite, (INF,), ValueError, "`x` must be finite, got inf"),
+        (checks.finite, (jnp.array([1, NAN]),), ValueError, "`x` must be finite, got values that are not finite"),
         (checks.positive, (0.0,), ValueError, "`x` must be above 0 and finite, got 0"),
         (checks.positive, (np.array([-1, 2]),), ValueError, "`x` must be above 0 and finite, got values from -1 to 2"),
         (checks.positive, (INF,), ValueError, "`x` must be above 0 and finite, got inf"),

@@ -207,6 +207,15 @@ def times_for(path: Path, t: ArrayLike, x: Array) -> Array:
     return jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32))
 
 
+def informative_times(path: Path, t: ArrayLike, x: Array) -> Array:
+    """Times as `times_for` gives them, but where alpha is 0 a thousandth less.
+
+    There x is noise alone, and what scales a derivative by sigma^2 / alpha meets 0 times infinity, whose limit exists.
+    """
+    t = times_for(path, t, x)
+    return jnp.where(path.alpha(t) > 0, t, 0.999 * t)
+
+
 def noise_ratio(path: Path, t: np.ndarray) -> np.ndarray:
     """rho(t) = sigma / alpha of Eq. 2 in float64 on the host; infinite where alpha is 0."""
     t = np.asarray(t, np.float64)
