@@ -3,11 +3,15 @@
 Each is used as ``params = init(module, key, x, ...)`` and ``module.apply(params, x, ...)``.
 """
 
+from jaxgen.nets.attention import SelfAttention
 from jaxgen.nets.autoencoder import ConvAutoencoder
 from jaxgen.nets.convolution import Conv, ConvTranspose, convolve, convolve_transpose, upsample_convolve
+from jaxgen.nets.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from jaxgen.nets.embedding import LabelEmbedding, time_embedding
 from jaxgen.nets.initialisation import constant, init, normal, variance_scaling
-from jaxgen.nets.normalisation import BatchNorm, GroupNorm, calibrate
+from jaxgen.nets.normalisation import BatchNorm, GroupNorm, RMSNorm, calibrate, layer_norm
+from jaxgen.nets.patches import patchify, unpatchify
+from jaxgen.nets.positions import Positions, rotary_positions, rotate, sincos, sincos_positions
 from jaxgen.nets.unet import UNet
 
 __all__ = [
@@ -15,16 +19,31 @@ __all__ = [
     "Conv",
     "ConvAutoencoder",
     "ConvTranspose",
+    "DiT",
+    "DiT_B",
+    "DiT_L",
+    "DiT_S",
+    "DiT_XL",
     "GroupNorm",
     "LabelEmbedding",
+    "Positions",
+    "RMSNorm",
+    "SelfAttention",
     "UNet",
     "calibrate",
     "constant",
     "convolve",
     "convolve_transpose",
     "init",
+    "layer_norm",
     "normal",
+    "patchify",
+    "rotary_positions",
+    "rotate",
+    "sincos",
+    "sincos_positions",
     "time_embedding",
+    "unpatchify",
     "upsample_convolve",
     "variance_scaling",
 ]

@@ -65,10 +65,12 @@ class LabelEmbedding(nn.Module):
     Attributes:
         num_classes: at least 1.
         features: the length of the vectors.
+        std: of the vectors' first draw.
     """
 
     num_classes: int
     features: int
+    std: float = 1.0
 
     @nn.compact
     def __call__(self, labels: Array) -> Array:
@@ -79,5 +81,14 @@ class LabelEmbedding(nn.Module):
             raise TypeError(
                 f"`labels` must be integers in [0, {self.num_classes}], got dtype {jnp.result_type(labels)}"
             )
-        table = self.param("embedding", normal(1.0), (self.num_classes + 1, self.features))
+        table = self.param("embedding", normal(self.std), (self.num_classes + 1, self.features))
         return table.at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def check_labels(labels: Array | None, num_classes: int | None, batch: int) -> None:
+    """Raises ValueError unless there are [batch] ``labels`` exactly where there are ``num_classes``."""
+    if (labels is None) != (num_classes is None):
+        came, expected = ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
+        raise ValueError(f"`labels` must be {expected} when `num_classes` is {num_classes}, got {came}")
+    if labels is not None:
+        checks.shape("labels", labels, (batch,))

@@ -84,6 +84,50 @@ class GroupNorm(nn.Module):
         return (nn.silu(y) if self.silu else y).astype(self.dtype)
 
 
+def layer_norm(x: Array, *, eps: float = 1e-6) -> Array:
+    """Standardises the last axis, without parameters (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
+
+    Args:
+        x: [..., features], floating.
+        eps: added to the variance.
+
+    Returns:
+        The shape and dtype of ``x``, of mean 0 and variance 1 along the last axis; computed in float32 at least.
+
+    Raises:
+        TypeError: ``x`` is not floating.
+    """
+    checks.floating("x", x)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, -1, keepdims=True)
+    return (centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divides the last axis by its root mean square and scales it.
+
+    Zhang & Sennrich 2019 (https://arxiv.org/abs/1910.07467). Statistics are float32 whatever ``dtype``. Parameter:
+    ``scale`` [features] (ones).
+
+    ``apply(params, x [..., features]) -> [..., features]`` in ``dtype``.
+
+    Attributes:
+        eps: added to the mean square.
+        dtype: of the result.
+    """
+
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Applies the normalisation."""
+        checks.floating("x", x)
+        scale = self.param("scale", constant(1.0), (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+
+
 class BatchNorm(nn.Module):
     """Normalises each channel by the batch; by fixed statistics where the variables carry them.
 
