@@ -1,8 +1,7 @@
-"""Solvers, each built as a table in float64 on the host.
+"""Single-step solvers, each built as a table in float64 on the host.
 
-With d = denoise(x, t) and eps = (x - alpha d) / sigma, a step from time t to s < t of a solver with memory is linear in
-what it has seen, so it is a row of weights (`Table`). From here on alpha, sigma are the values at t and alpha_s,
-sigma_s those at s.
+With d = denoise(x, t) and eps = (x - alpha d) / sigma, a step from time t to s < t is linear in what it has seen, so it
+is a row of weights (`Table`). From here on alpha, sigma are the values at t and alpha_s, sigma_s those at s.
 
 DDIM (Song et al. 2021, arXiv:2010.02502, Eq. 12) holds d and eps fixed over the step:
 
@@ -10,25 +9,22 @@ DDIM (Song et al. 2021, arXiv:2010.02502, Eq. 12) holds d and eps fixed over the
     std = eta sqrt(sigma_{t|s}^2 sigma_s^2 / sigma^2),    sigma_{t|s}^2 = sigma^2 - (alpha / alpha_s)^2 sigma_s^2   (2)
 
 At eta = 1 this is sampling from the posterior q(x_s | x_t, x0 = d), that is DDPM (arXiv:2006.11239, Eq. 7); at eta = 0
-it is Euler's method on the probability-flow ODE. With scale S = path.scale, y = x / S and tau = sigma / S, along which
-alpha / S is affine with slope c, that ODE reads
+it is Euler's method on the probability-flow ODE, which in noise-to-signal coordinates reads
 
-    dy / dtau = eps + c d                                                                                 (3)
+    d(x / alpha) / d rho = eps,    rho = sigma / alpha                                                    (3)
 
-which Heun's method integrates. DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) extrapolates d linearly
-in lambda = log(alpha / sigma), with h the step in lambda and h_before that of the step before:
+Inversion walks Eq. 3 the other way, from s up to t. At s = 0 there is no noise to estimate, so eps is taken from the
+denoiser's answer to x_s at the time t that the step leads to:
 
-    x_s = sigma_s / sigma x + alpha_s (1 - e^-h) ((1 + h / (2 h_before)) d - h / (2 h_before) d_before)  (4)
+    x_t = alpha (x_s / alpha_s + (rho - rho_s) eps),    eps = (x_s - alpha denoise(x_s, t)) / sigma       (4)
 
-All of them end on x = d when their last time is 0.
+All but the inversion end on x = d when their last time is 0.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
-from jaxgen import checks
-from jaxgen.diffusion.path import Path, noise_ratio
+from jaxgen.diffusion.path import Path
+from jaxgen.diffusion.tables import grid
 from jaxgen.typing import ArrayLike, Table
 
 
@@ -48,7 +44,7 @@ def ddim(path: Path, times: ArrayLike, *, eta: float = 0.0) -> Table:
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"`eta` must lie in [0, 1], got {eta}")
-    times = _checked(path, times)
+    times = grid(path, times)
     alpha, sigma = path.alpha(times), path.sigma(times)
     rows = []
     for i in range(len(times) - 1):
@@ -97,141 +93,50 @@ def euler(path: Path, times: ArrayLike) -> Table:
     return ddim(path, times, eta=0.0)
 
 
-def heun(path: Path, times: ArrayLike) -> Table:
-    """Heun's method on the probability-flow ODE, Eq. 3. Second order.
+def euler_ancestral(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
+    """Euler's method to a lower noise level, then fresh noise up to the next: the very steps of `ddim`. First order.
 
-    Karras et al. 2022 (arXiv:2206.00364), algorithm 1. Each step evaluates the denoiser twice, but for a last step to
-    time 0, which is Euler's: 2n - 1 evaluations then.
-
-    Args:
-        path: the Gaussian path.
-        times: [n + 1] strictly decreasing times in [0, path.t_max].
-
-    Returns:
-        A Table of 2n or 2n - 1 rows and three slots.
-
-    Raises:
-        ValueError: the times are not decreasing or out of range.
-    """
-    times = _checked(path, times)
-    alpha, sigma = path.alpha(times), path.sigma(times)
-    scale = alpha if path.scale is None else path.scale(times)
-    if not np.all(scale > 0):
-        raise ValueError("heun: alpha is 0 at `times[0]` and the path names no other `scale`; start at a smaller time")
-    tau = sigma / scale
-    at, rows = [], []
-    predictors = np.asarray(ddim(path, times).weights)[:, 0]
-    for i in range(len(times) - 1):
-        per_x, per_d, _ = predictors[i]
-        # Slots: the point to evaluate, the step's start, the denoiser's output there.
-        at.append(times[i])
-        rows.append([[per_x, 0, 0, per_d, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
-        if sigma[i + 1] == 0:
-            break
-        half = 0.5 * (tau[i + 1] - tau[i]) * scale[i + 1]
-        slope = (alpha[i + 1] / scale[i + 1] - alpha[i] / scale[i]) / (tau[i + 1] - tau[i])
-        corrected = [
-            half / sigma[i + 1],
-            scale[i + 1] / scale[i] + half / sigma[i],
-            half * (slope - alpha[i] / sigma[i]),
-            half * (slope - alpha[i + 1] / sigma[i + 1]),
-            0,
-        ]
-        at.append(times[i + 1])
-        rows.append([corrected, [0] * 5, [0] * 5])
-    return Table(np.array(at), np.array(rows, np.float64))
-
-
-def dpmpp_2m(path: Path, times: ArrayLike) -> Table:
-    """DPM-Solver++(2M), Eq. 4: a two-step method, one evaluation a step. Second order.
-
-    The first step, and a last step to time 0, are first-order.
+    k-diffusion's name; its ``sigma_up`` is the standard deviation of Eq. 2 and its ``sigma_down`` the square root in
+    Eq. 1.
 
     Args:
         path: the Gaussian path.
         times: [n + 1] strictly decreasing times in [0, path.t_max].
+        eta: share of the posterior's noise that is drawn afresh, in [0, 1].
 
     Returns:
-        A Table of n rows and two slots.
+        A Table of n rows and one slot.
+
+    Raises:
+        ValueError: the times are not decreasing or out of range, or ``eta`` is.
+    """
+    return ddim(path, times, eta=eta)
+
+
+def ddim_inversion(path: Path, times: ArrayLike) -> Table:
+    """DDIM backwards, from data to noise, Eq. 4 (Mokady et al. 2022, arXiv:2211.09794, section 3.2). First order.
+
+    It takes the grid that `ddim` takes and walks it from its last time to its first, so that the one undoes the other
+    to first order in the step, and exactly where the predicted noise does not change along the way.
+
+    Args:
+        path: the Gaussian path.
+        times: [n + 1] strictly decreasing times in [0, path.t_max]; the state that `sample` starts from is the one at
+            ``times[-1]``, the data if that is 0.
+
+    Returns:
+        A Table of n rows and one slot; its times rise to ``times[0]``.
 
     Raises:
         ValueError: the times are not decreasing or out of range.
-    """
-    times = _checked(path, times)
-    alpha, sigma = path.alpha(times), path.sigma(times)
-    lam = -np.log(noise_ratio(path, times), where=sigma > 0, out=np.full_like(times, -np.inf))
-    rows = []
-    for i in range(len(times) - 1):
-        per_x = sigma[i + 1] / sigma[i]
-        per_d = alpha[i + 1] - alpha[i] * per_x  # alpha_s (1 - e^-h)
-        first_order = i == 0 or sigma[i + 1] == 0
-        back = 0.0 if first_order else 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1])
-        rows.append([[per_x, -back * per_d, (1 + back) * per_d, 0], [0, 0, 1, 0]])
-    return Table(times[:-1], np.array(rows, np.float64))
-
-
-def pad(table: Table, *, rows: int | None = None, slots: int | None = None) -> Table:
-    """Gives a table more rows and slots that change nothing.
-
-    One compiled sampler then serves tables of several sizes. Added rows come last, leave the state as it is and do not
-    call the denoiser.
-
-    Args:
-        table: the table to pad.
-        rows: number of rows wanted; as many as there are by default.
-        slots: number of slots wanted; as many as there are by default.
-
-    Returns:
-        The padded Table, in NumPy float64.
-
-    Raises:
-        ValueError: the table is larger already.
 
     >>> from jaxgen import diffusion
-    >>> table = diffusion.ddim(diffusion.edm(), [80.0, 1.0, 0.0])
-    >>> pad(table, rows=32, slots=3).weights.shape
-    (32, 3, 5)
+    >>> diffusion.ddim_inversion(diffusion.edm(), [80.0, 1.0, 0.0]).times
+    array([ 1., 80.])
     """
-    times, weights = np.asarray(table.times, np.float64), np.asarray(table.weights, np.float64)
-    old_rows, old_slots = weights.shape[:2]
-    rows = old_rows if rows is None else rows
-    slots = old_slots if slots is None else slots
-    if rows < old_rows or slots < old_slots:
-        raise ValueError(
-            f"cannot pad a table of {old_rows} rows and {old_slots} slots to {rows} rows and {slots} slots"
-        )
-    padded = np.zeros((rows, slots, slots + 2))
-    padded[:old_rows, :old_slots, :old_slots] = weights[:, :, :old_slots]
-    padded[:old_rows, :old_slots, slots:] = weights[:, :, old_slots:]
-    padded[old_rows:, :, :slots] = np.eye(slots)
-    return Table(np.append(times, np.full(rows - old_rows, times[-1])), padded)
-
-
-def stack(tables: Sequence[Table]) -> Table:
-    """Pads tables to one size and stacks them, for ``jax.vmap`` over samplers.
-
-    Args:
-        tables: at least one table.
-
-    Returns:
-        A Table with a leading axis: times [tables, rows], weights [tables, rows, slots, slots + 2].
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not tables:
-        raise ValueError("`tables` must hold at least one table, got none")
-    shapes = np.array([np.shape(table.weights)[:2] for table in tables])
-    rows, slots = (int(n) for n in shapes.max(axis=0))
-    padded = [pad(table, rows=rows, slots=slots) for table in tables]
-    return Table(np.stack([t.times for t in padded]), np.stack([t.weights for t in padded]))
-
-
-def _checked(path: Path, times: ArrayLike) -> np.ndarray:
-    times = np.asarray(times, np.float64)
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"`times` must be a grid of at least 2 times, got shape {list(times.shape)}")
-    checks.interval("times", times, 0.0, path.t_max)
-    if not np.all(np.diff(times) < 0):
-        raise ValueError("`times` must decrease strictly, from noise to data, got times that do not")
-    return times
+    rising = grid(path, times)[::-1]
+    alpha, sigma = path.alpha(rising), path.sigma(rising)
+    kept = alpha[1:] / alpha[:-1]
+    per_eps = sigma[1:] - kept * sigma[:-1]
+    rows = np.stack([kept + per_eps / sigma[1:], -per_eps * alpha[1:] / sigma[1:], np.zeros_like(kept)], axis=1)
+    return Table(rising[1:], rows[:, None, :])
