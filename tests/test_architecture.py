@@ -13,7 +13,7 @@ ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
     **dict.fromkeys(["typing", "checks", "random"], 0),
     **dict.fromkeys(["diffusion", "metrics", "nets", "testing"], 1),
-    "train": 2,
+    **dict.fromkeys(["train", "averaging"], 2),
     "place": 3,
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli"], 4),
 }
@@ -72,6 +72,7 @@ def publics():
         "random",
         "testing",
         "train",
+        "averaging",
         "place",
         "loop",
         "images",

@@ -21,15 +21,20 @@ from jaxgen.diffusion.guidance import (
     dynamic_threshold,
 )
 from jaxgen.diffusion.inverse import inpaint, posterior_sampling
+from jaxgen.diffusion.learned_variance import learned_variance_loss, learned_variance_sample
 from jaxgen.diffusion.losses import (
+    adaptive,
     denoising_loss,
     edm_weight,
     gaussian_nll,
     log_normal_time,
     logit_normal_time,
     min_snr,
+    offset_noise,
     uniform_time,
 )
+from jaxgen.diffusion.meanflow import AverageVelocity, meanflow_denoiser, meanflow_guide, meanflow_loss, meanflow_times
+from jaxgen.diffusion.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from jaxgen.diffusion.path import Path, cosine, diffuse, edm, linear_beta, noise_ratio, rectified_flow
 from jaxgen.diffusion.prediction import (
     Coefficients,
@@ -42,16 +47,34 @@ from jaxgen.diffusion.prediction import (
     v,
     velocity,
 )
+from jaxgen.diffusion.predictor_corrector import unipc
+from jaxgen.diffusion.runge_kutta import dpmpp_2s, edm_stochastic, heun
 from jaxgen.diffusion.sampling import prior, sample, trajectory
-from jaxgen.diffusion.solvers import ddim, ddpm, dpmpp_2m, euler, heun, pad, stack
-from jaxgen.diffusion.times import karras_times, log_snr_times, time_at_ratio, uniform_times
+from jaxgen.diffusion.self_conditioning import self_conditioned
+from jaxgen.diffusion.solvers import ddim, ddim_inversion, ddpm, euler, euler_ancestral
+from jaxgen.diffusion.tables import pad, stack
+from jaxgen.diffusion.times import (
+    exponential_times,
+    karras_times,
+    leading_times,
+    linspace_times,
+    log_snr_times,
+    quadratic_times,
+    ratio_times,
+    shift_times,
+    time_at_ratio,
+    trailing_times,
+    uniform_times,
+)
 from jaxgen.typing import Table
 
 __all__ = [
+    "AverageVelocity",
     "Coefficients",
     "Path",
     "Prediction",
     "Table",
+    "adaptive",
     "autoguidance",
     "cfg",
     "cfg_interval",
@@ -60,38 +83,62 @@ __all__ = [
     "cosine",
     "data",
     "ddim",
+    "ddim_inversion",
     "ddpm",
+    "deis",
     "denoiser",
     "denoising_loss",
     "diffuse",
     "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
     "dynamic_threshold",
     "edm",
     "edm_precondition",
+    "edm_stochastic",
     "edm_weight",
     "euler",
+    "euler_ancestral",
+    "exponential_times",
     "gaussian_nll",
     "heun",
     "inpaint",
     "karras_times",
+    "leading_times",
+    "learned_variance_loss",
+    "learned_variance_sample",
     "linear_beta",
+    "linspace_times",
     "log_normal_time",
     "log_snr_times",
     "logit_normal_time",
+    "meanflow_denoiser",
+    "meanflow_guide",
+    "meanflow_loss",
+    "meanflow_times",
     "min_snr",
     "noise",
     "noise_ratio",
+    "offset_noise",
     "pad",
     "posterior_sampling",
     "prior",
+    "quadratic_times",
+    "ratio_times",
     "rectified_flow",
     "sample",
     "score",
+    "self_conditioned",
+    "shift_times",
     "stack",
     "time_at_ratio",
+    "trailing_times",
     "trajectory",
     "uniform_time",
     "uniform_times",
+    "unipc",
     "v",
     "velocity",
 ]

@@ -10,7 +10,8 @@ The time's distribution and the weight are functions, so published recipes are c
     SD3             velocity,  logit_normal_time, no weight         arXiv:2403.03206
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jaxgen.typing import Array, ArrayLike, Key, Network
 
 TimeDraw = Callable[[Key], Array]
 """``key -> scalar``: draws the time of one example."""
+
+NoiseDraw = Callable[[Key, Sequence[int], jnp.dtype], Array]
+"""``(key, shape, dtype) -> noise of that shape``: draws the noise of one example, as `jax.random.normal` does."""
 
 Weight = Callable[[Coefficients, Prediction], Array]
 """``(coefficients, prediction) -> factor of the squared error of the network's output``."""
@@ -35,6 +39,7 @@ def denoising_loss(
     key: Key,
     *,
     draw_time: TimeDraw | None = None,
+    draw_noise: NoiseDraw = jax.random.normal,
     weight: Weight | None = None,
     axis_name: str | None = None,
 ) -> Array:
@@ -47,6 +52,7 @@ def denoising_loss(
         x0: [batch, ...] clean data, floating, scaled to about [-1, 1].
         key: a single key; example i draws its time and noise from ``fold_in(key, i)``.
         draw_time: the distribution of times; `uniform_time(path)` by default.
+        draw_noise: the distribution of eps, such as `offset_noise(0.1)`; standard normal by default.
         weight: the factor w; none by default (the "simple" loss in the network's own terms).
         axis_name: the mapped axis over which the batch is split, under pmap or shard_map.
 
@@ -68,7 +74,7 @@ def denoising_loss(
     draw_time = uniform_time(path) if draw_time is None else draw_time
     keys = random.example_keys(key, x0.shape[0], axis_name=axis_name)
     t = jax.vmap(draw_time)(random.fold(keys, 0)).astype(jnp.promote_types(x0.dtype, jnp.float32))
-    eps = random.normal(random.fold(keys, 1), x0.shape[1:], dtype=x0.dtype)
+    eps = random.draw(draw_noise, random.fold(keys, 1), x0.shape[1:], x0.dtype)
     c = path_coefficients(path, t, x0)
     output = net((c.alpha * x0 + c.sigma * eps).astype(x0.dtype), t)
     checks.same_shape("net(x, t)", output, "x0", x0)
@@ -93,6 +99,28 @@ def logit_normal_time(mean: float = 0.0, std: float = 1.0) -> TimeDraw:
     """Times in (0, 1) whose log(t / (1 - t)) is normal: SD3's rectified flows (arXiv:2403.03206, section 3.1)."""
     checks.positive("std", std)
     return lambda key: jax.nn.sigmoid(mean + std * jax.random.normal(key))
+
+
+def offset_noise(strength: float = 0.1) -> NoiseDraw:
+    """Standard normal noise plus one number per channel (the last axis) of standard deviation ``strength``.
+
+    Its covariance within a channel is I + strength^2 1 1^T. White noise all but spares an image's mean brightness, so a
+    model trained on it alone hardly learns to move it: offset noise (Guttenberg 2023, "Diffusion with offset noise";
+    discussed in arXiv:2305.08891) makes it.
+
+    Args:
+        strength: at least 0.
+
+    Raises:
+        ValueError: ``strength`` is negative.
+    """
+    checks.interval("strength", strength, 0.0, math.inf)
+
+    def draw(key: Key, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+        offset = jax.random.normal(jax.random.fold_in(key, 1), (*(1 for _ in shape[:-1]), shape[-1]), dtype)
+        return jax.random.normal(key, tuple(shape), dtype) + jnp.asarray(strength, dtype) * offset
+
+    return draw
 
 
 def min_snr(gamma: float = 5.0) -> Weight:
@@ -121,6 +149,28 @@ def edm_weight(sigma_data: float = 0.5) -> Weight:
     """
     checks.positive("sigma_data", sigma_data)
     return lambda c, prediction: (1 / sigma_data**2 + (c.alpha / c.sigma) ** 2) / prediction.gain(c)
+
+
+def adaptive(losses: Array, *, power: float = 1.0, offset: float = 1e-3) -> Array:
+    """Losses whose gradients are scaled down where they are large: L / (L + offset)^power, the divisor held constant.
+
+    With L the mean squared error, power 1 gives gradients of the size of the error's own, and 1/2 those of the
+    pseudo-Huber loss (Geng et al. 2025, arXiv:2505.13447, Eq. 22; 2024, arXiv:2406.14548).
+
+    Args:
+        losses: [batch], one value per example, at least 0.
+        power: at least 0; 0 changes nothing.
+        offset: above 0, so that examples without error stay finite.
+
+    Returns:
+        [batch].
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    checks.interval("power", power, 0.0, math.inf)
+    checks.positive("offset", offset)
+    return losses * jax.lax.stop_gradient((losses + offset) ** -power)
 
 
 def gaussian_nll(x: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> Array:
