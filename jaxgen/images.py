@@ -8,13 +8,16 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxgen import checks
 from jaxgen.data import to_uint8
 from jaxgen.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def save_grid(path: str | os.PathLike[str], images: ArrayLike, *, columns: int, smallest: int = 640) -> None:
@@ -82,6 +85,19 @@ def save_curves(path: str | os.PathLike[str], records: str | os.PathLike[str], n
         axes.grid(alpha=0.3)
         if np.nanmin(values) > 0:
             axes.set_yscale("log")
+    save_figure(path, figure)
+
+
+def save_figure(path: str | os.PathLike[str], figure: "Figure") -> None:
+    """Writes a figure of matplotlib's as a PNG, whole or not at all.
+
+    Args:
+        path: the file.
+        figure: a ``matplotlib.figure.Figure``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
