@@ -21,6 +21,13 @@ from jaxgen.diffusion.guidance import (
     dynamic_threshold,
 )
 from jaxgen.diffusion.inverse import inpaint, posterior_sampling
+from jaxgen.diffusion.likelihood import (
+    bits_per_dimension,
+    dequantise,
+    divergence,
+    log_density,
+    probability_flow,
+)
 from jaxgen.diffusion.learned_variance import learned_variance_loss, learned_variance_sample
 from jaxgen.diffusion.losses import (
     adaptive,
@@ -76,6 +83,7 @@ __all__ = [
     "Table",
     "adaptive",
     "autoguidance",
+    "bits_per_dimension",
     "cfg",
     "cfg_interval",
     "classifier_guidance",
@@ -88,7 +96,9 @@ __all__ = [
     "deis",
     "denoiser",
     "denoising_loss",
+    "dequantise",
     "diffuse",
+    "divergence",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_2s",
@@ -111,6 +121,7 @@ __all__ = [
     "learned_variance_sample",
     "linear_beta",
     "linspace_times",
+    "log_density",
     "log_normal_time",
     "log_snr_times",
     "logit_normal_time",
@@ -125,6 +136,7 @@ __all__ = [
     "pad",
     "posterior_sampling",
     "prior",
+    "probability_flow",
     "quadratic_times",
     "ratio_times",
     "rectified_flow",

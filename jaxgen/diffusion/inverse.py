@@ -129,7 +129,7 @@ def posterior_sampling(
 
         predicted = operator(x0)
         v = _conjugate_gradients(system, (observation - predicted).astype(predicted.dtype), iterations)
-        return x0 + covariance(transpose(v))
+        return (x0 + covariance(transpose(v))).astype(x.dtype)
 
     return posterior
 
