@@ -15,11 +15,11 @@ FLOORS = {
     **dict.fromkeys(["diffusion", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging"], 2),
     "place": 3,
-    **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli"], 4),
+    **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
 }
 FAMILIES = {"diffusion", "metrics", "nets"}
 # Only the host's side may name these; jaxgen.train alone knows optimisers.
-HOST_ONLY = {"grain", "tensorflow_datasets", "orbax", "tyro", "etils", "PIL", "matplotlib", "sklearn"}
+HOST_ONLY = {"grain", "tensorflow_datasets", "orbax", "tyro", "etils", "PIL", "matplotlib", "sklearn", "safetensors"}
 
 
 def imports(file):
@@ -76,6 +76,7 @@ def publics():
         "place",
         "loop",
         "images",
+        "pretrained",
         "run",
     ):
         module = importlib.import_module(f"jaxgen.{name}")

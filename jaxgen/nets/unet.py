@@ -42,6 +42,7 @@ class _Block(nn.Module):
 
     features: int
     groups: int
+    eps: float
     dropout: float
     scale_shift: bool
     zero_init: bool
@@ -51,16 +52,16 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, h: Array, embedding: Array) -> Array:
         shortcut = h
-        h = GroupNorm(groups=self.groups, silu=True, dtype=self.dtype, name="norm_0")(h)
+        h = GroupNorm(groups=self.groups, eps=self.eps, silu=True, dtype=self.dtype, name="norm_0")(h)
         h = Conv(self.features, dtype=self.dtype, name="conv_0")(h)
         width = self.features * (2 if self.scale_shift else 1)
         told = _dense(width, self.dtype, "embedding")(nn.silu(embedding))[:, None, None]
         if self.scale_shift:
             scale, shift = jnp.split(told, 2, axis=-1)
-            h = GroupNorm(groups=self.groups, dtype=self.dtype, name="norm_1")(h)
+            h = GroupNorm(groups=self.groups, eps=self.eps, dtype=self.dtype, name="norm_1")(h)
             h = nn.silu(h * (1 + scale) + shift)
         else:
-            h = GroupNorm(groups=self.groups, silu=True, dtype=self.dtype, name="norm_1")(h + told)
+            h = GroupNorm(groups=self.groups, eps=self.eps, silu=True, dtype=self.dtype, name="norm_1")(h + told)
         if self.dropout > 0 and self.has_rng("dropout"):
             keys = jaxgen_random.example_keys(self.make_rng("dropout"), h.shape[0], axis_name=self.axis_name)
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, h.shape[1:]))(keys)
@@ -77,6 +78,7 @@ class _Attention(nn.Module):
     heads: int
     head_dim: int | None
     groups: int
+    eps: float
     zero_init: bool
     dtype: Any
 
@@ -87,7 +89,7 @@ class _Attention(nn.Module):
         if channels % divisor:
             raise ValueError(f"`{name}` must divide the {channels} channels that attend, got {divisor}")
         heads = self.heads if self.head_dim is None else channels // self.head_dim
-        normed = GroupNorm(groups=self.groups, dtype=self.dtype, name="norm")(h)
+        normed = GroupNorm(groups=self.groups, eps=self.eps, dtype=self.dtype, name="norm")(h)
         query, key, value = (
             Conv(channels, 1, dtype=self.dtype, name=role)(normed).reshape(batch, height * width, heads, -1)
             for role in ("query", "key", "value")
@@ -146,6 +148,13 @@ class UNet(nn.Module):
         zero_init: whether the last convolution of each residual branch, and of the network, starts at zero.
         axis_name: the mapped axis of pmap or shard_map over which the batch is split, if any (for dropout).
         dtype: what the arithmetic is done in, statistics and softmax excepted; parameters stay float32.
+        attention_levels: the levels that attend, counted from 0, whatever the image's size; instead of
+            ``attention``.
+        middle_attention: whether the middle attends; None leaves it to ``attention`` (``attention_levels``).
+        eps: of all GroupNorms.
+        downsample_padding: zeros (before, after) both axes where the image is halved: (0, 1) or (1, 1).
+        freq_shift: of ``time_embedding``.
+        flip_sin_to_cos: likewise.
 
     >>> from jaxgen import nets
     >>> model = nets.UNet(out_channels=1, channels=32, multipliers=(1, 2), blocks=1, num_classes=10)
@@ -171,6 +180,12 @@ class UNet(nn.Module):
     zero_init: bool = True
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    attention_levels: tuple[int, ...] | None = None
+    middle_attention: bool | None = None
+    eps: float = 1e-6
+    downsample_padding: tuple[int, int] = (0, 1)
+    freq_shift: float = 1.0
+    flip_sin_to_cos: bool = False
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array | None = None) -> Array:
@@ -183,44 +198,53 @@ class UNet(nn.Module):
         skips = [h]
         for level, features in levels:
             for i in range(self.blocks):
-                h = self._stage(f"down_{level}", i, features, h, embedding)
+                h = self._stage("down", level, i, features, h, embedding)
                 skips.append(h)
             if level < len(levels) - 1:
-                padding = ((0, 1), (0, 1))
+                padding = (self.downsample_padding, self.downsample_padding)
                 h = Conv(features, strides=2, padding=padding, dtype=self.dtype, name=f"down_{level}_sample")(h)
                 skips.append(h)
 
         h = self._block("middle_block_0", h.shape[-1])(h, embedding)
-        if self.attention:
+        attends = self.attention if self.attention_levels is None else self.attention_levels
+        if attends if self.middle_attention is None else self.middle_attention:
             h = self._attend("middle_attention")(h)
         h = self._block("middle_block_1", h.shape[-1])(h, embedding)
 
         for level, features in reversed(levels):
             for i in range(self.blocks + 1):
-                h = self._stage(f"up_{level}", i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding)
+                h = self._stage("up", level, i, features, jnp.concatenate([h, skips.pop()], axis=-1), embedding)
             if level > 0:
                 h = _Upsample(self.upsample, self.dtype, name=f"up_{level}_sample")(h)
 
-        h = GroupNorm(groups=self.groups, silu=True, dtype=self.dtype, name="norm_out")(h)
+        h = GroupNorm(groups=self.groups, eps=self.eps, silu=True, dtype=self.dtype, name="norm_out")(h)
         h = Conv(self.out_channels, dtype=self.dtype, kernel_init=_last(self.zero_init), name="conv_out")(h)
         return h.astype(jnp.promote_types(h.dtype, jnp.float32))
 
     def _embed(self, t: Array, labels: Array | None) -> Array:
-        waves = time_embedding(jnp.asarray(t) * self.time_scale, self.channels).astype(self.dtype)
-        embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves)
+        waves = time_embedding(
+            jnp.asarray(t) * self.time_scale,
+            self.channels,
+            freq_shift=self.freq_shift,
+            flip_sin_to_cos=self.flip_sin_to_cos,
+        )
+        embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves.astype(self.dtype))
         embedding = _dense(4 * self.channels, self.dtype, "time_1")(nn.silu(embedding))
         if labels is not None and self.num_classes is not None:
             embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(self.dtype)
         return embedding
 
-    def _stage(self, prefix: str, i: int, features: int, h: Array, embedding: Array) -> Array:
-        h = self._block(f"{prefix}_block_{i}", features)(h, embedding)
-        return self._attend(f"{prefix}_attention_{i}")(h) if h.shape[1] in self.attention else h
+    def _stage(self, side: str, level: int, i: int, features: int, h: Array, embedding: Array) -> Array:
+        h = self._block(f"{side}_{level}_block_{i}", features)(h, embedding)
+        levels = self.attention_levels
+        attends = h.shape[1] in self.attention if levels is None else level in levels
+        return self._attend(f"{side}_{level}_attention_{i}")(h) if attends else h
 
     def _block(self, name: str, features: int) -> _Block:
         return _Block(
             features,
             self.groups,
+            self.eps,
             self.dropout,
             self.scale_shift,
             self.zero_init,
@@ -230,7 +254,7 @@ class UNet(nn.Module):
         )
 
     def _attend(self, name: str) -> _Attention:
-        return _Attention(self.heads, self.head_dim, self.groups, self.zero_init, self.dtype, name=name)
+        return _Attention(self.heads, self.head_dim, self.groups, self.eps, self.zero_init, self.dtype, name=name)
 
     def _check(self, x: Array, t: Array, labels: Array | None) -> None:
         checks.floating("x", x)
@@ -242,6 +266,11 @@ class UNet(nn.Module):
                 f"got shape {list(x.shape)}"
             )
         checks.shape("t", t, (x.shape[0],))
+        if self.downsample_padding not in ((0, 1), (1, 1)):
+            raise ValueError(f"`downsample_padding` must be (0, 1) or (1, 1), got {self.downsample_padding}")
+        strays = [level for level in self.attention_levels or () if not 0 <= level < len(self.multipliers)]
+        if strays:
+            raise ValueError(f"`attention_levels` must lie in [0, {len(self.multipliers) - 1}], got {strays[0]}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout:g}")
         if (labels is None) != (self.num_classes is None):

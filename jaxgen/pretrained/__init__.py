@@ -1,0 +1,21 @@
+"""Weights of others: the U-Nets of diffusers (``UNet2DModel``), read into `jaxgen.nets.UNet` and written back.
+
+A directory of theirs holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, whole or as shards that an
+index names. A safetensors file is a table of contents and then numbers, so reading one runs no code. A pickle
+(``.bin``) can, and is never opened.
+
+Time: diffusers counts its noise levels from 0, while t = 0 is the data here and `diffusion.linear_beta` has its levels
+at t = 1, 2, ...: their timestep is t - 1. A network that came from there therefore wants
+
+    network, params = pretrained.load_diffusers_unet(directory)
+    net = lambda x, t: network.apply(params, x, t - 1)
+    denoise = diffusion.denoiser(diffusion.linear_beta(), diffusion.noise, net)
+
+What it was trained to predict, and on which path, is not in its directory but in the pipeline's
+``scheduler/scheduler_config.json``: this is for ``"beta_schedule": "linear"`` (from ``beta_start`` 0.0001 to
+``beta_end`` 0.02 in ``num_train_timesteps`` 1000) and ``"prediction_type": "epsilon"``.
+"""
+
+from jaxgen.pretrained.unet import load_diffusers_unet, save_diffusers_unet
+
+__all__ = ["load_diffusers_unet", "save_diffusers_unet"]
