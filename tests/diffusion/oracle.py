@@ -52,6 +52,12 @@ STOCHASTIC = {
 }
 """Stochastic solvers, each with the weak order of its variance on Gaussian data."""
 
+MEAN_ORDERS = {
+    "dpmpp_2m_sde-0.5": (STOCHASTIC["dpmpp_2m_sde-0.5"][0], 2),
+    "dpmpp_3m_sde-0.5": (STOCHASTIC["dpmpp_3m_sde-0.5"][0], 3),
+}
+"""Solvers of the SDE with eta = 0.5, each with the weak order of its mean; at eta = 1 a Gaussian's is exact."""
+
 EVERY = {name: entry[0] for name, entry in {**ORDERS, **STOCHASTIC}.items()}
 
 MEAN = np.array([0.3, -0.5, 1.0])
@@ -100,10 +106,13 @@ def mixture(path, std=0.4):
     return denoise
 
 
-def run(table, denoise, x, noise=None):
-    """Reads a table as `Table` says: the state after the last row. ``noise``: [rows, *x.shape], for stochastic ones."""
+def run(table, denoise, x, noise=None, others=0.0):
+    """Reads a table as `Table` says: the state after the last row. ``noise``: [rows, *x.shape], for stochastic ones.
+
+    ``others`` fills the slots that are not the state at the start; a real sampler's are zeros.
+    """
     slots = table.weights.shape[1]
-    buffer = [x, *[np.zeros_like(x)] * (slots - 1)]
+    buffer = [x, *[np.full_like(x, others)] * (slots - 1)]
     for r, (t, weights) in enumerate(zip(table.times, table.weights, strict=True)):
         answer = denoise(buffer[0], t) if np.any(weights[:, slots]) else np.zeros_like(x)
         fresh = np.zeros_like(x) if noise is None else noise[r]
@@ -216,6 +225,14 @@ def check_ends_on_data(path, build, steps):
     np.testing.assert_allclose(run(table, lambda x, t: np.full_like(x, -0.25), x, noise), -0.25, rtol=1e-9)
 
 
+def check_starts_afresh(path, build):
+    """The end depends on the state at the start alone, not on what past calls may have left in the other slots."""
+    table = build(path, interior_times(path, 6))
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    ends = [run(table, gaussian(path), x, np.ones((len(table.times), 4, 3)), others) for others in (0.0, 1e3)]
+    np.testing.assert_array_equal(*ends)
+
+
 def check_posterior(path, build):
     """The row equals q(x_s | x_t, x0) by Bayes' rule: the product of two Gaussians in x_s, in precisions."""
     times = interior_times(path, 7)
@@ -229,12 +246,12 @@ def check_posterior(path, build):
         np.testing.assert_allclose(std**2, 1 / precision, rtol=1e-9)
 
 
-def check_one_program(compiled):
+def check_one_program(compiled, steps=(1, 3, 10), solvers=tuple(EVERY)):
     """``compiled(table, x, scale)``, from jax.jit: one trace for every solver, number of steps and guidance scale."""
     path = PATHS["edm"]
-    for steps in (1, 3, 10):
-        times = diffusion.karras_times(path, steps)
-        for scale, build in enumerate(EVERY.values()):
+    for n in steps:
+        times = diffusion.karras_times(path, n)
+        for scale, build in enumerate(EVERY[name] for name in solvers):
             compiled(diffusion.pad(build(path, times), rows=24, slots=5), jnp.ones((4, 3)), float(scale))
     assert compiled._cache_size() == 1, f"{compiled._cache_size()} programs"
 

@@ -43,9 +43,9 @@ def test_variance_of_stochastic_solvers(path, solver):
 
 
 @on_every_path
-@pytest.mark.parametrize(("solver", "nominal"), [("dpmpp_2m_sde-0.5", 2), ("dpmpp_3m_sde-0.5", 3)])
-def test_mean_of_stochastic_solvers(path, solver, nominal):
-    oracle.check_order(path, STOCHASTIC[solver][0], nominal, error=partial(oracle.mean_error, eta=0.5))
+@pytest.mark.parametrize("solver", oracle.MEAN_ORDERS)
+def test_mean_of_stochastic_solvers(path, solver):
+    oracle.check_order(path, *oracle.MEAN_ORDERS[solver], error=partial(oracle.mean_error, eta=0.5))
 
 
 @on_every_path
@@ -229,6 +229,11 @@ def test_target_and_to_data_are_inverse(path, prediction):
         wrong = prediction.target(c, x0, eps) + 0.1
         ratio = (0.1 / (prediction.to_data(c, x, wrong) - x0)) ** 2
         np.testing.assert_allclose(ratio, jnp.broadcast_to(prediction.gain(c), ratio.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_no_history_before_the_first_row(solver):
+    oracle.check_starts_afresh(PATHS["cosine"], EVERY[solver])
 
 
 @on_every_path
