@@ -21,6 +21,7 @@ from jaxgen.diffusion.guidance import (
     dynamic_threshold,
 )
 from jaxgen.diffusion.inverse import inpaint, posterior_sampling
+from jaxgen.diffusion.learned_variance import learned_variance_loss, learned_variance_sample
 from jaxgen.diffusion.likelihood import (
     bits_per_dimension,
     dequantise,
@@ -28,7 +29,6 @@ from jaxgen.diffusion.likelihood import (
     log_density,
     probability_flow,
 )
-from jaxgen.diffusion.learned_variance import learned_variance_loss, learned_variance_sample
 from jaxgen.diffusion.losses import (
     adaptive,
     denoising_loss,

@@ -169,7 +169,7 @@ def _conjugate_gradients(system: Operator, right: Array, iterations: int) -> Arr
         direction = jnp.where(active, turned, direction).astype(v.dtype)
         return (v, residual, direction, new), None
 
-    start = (jnp.zeros_like(right), right, right, dot(right, right))
+    start: tuple[Array, ...] = (jnp.zeros_like(right), right, right, dot(right, right))
     return jax.lax.scan(iterate, start, length=iterations)[0][0]
 
 

@@ -30,8 +30,8 @@ arXiv:1810.01367)
 with the same v all along a trajectory.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ from jaxgen.typing import Array, ArrayLike, Denoiser, Key
 Velocity = Callable[[Array, Array], Array]
 """``(x [batch, ...], t [batch] or scalar) -> dx/dt [batch, ...]``."""
 
-ProbeDraw = Callable[[Key, tuple[int, ...], jnp.dtype], Array]
+ProbeDraw = Callable[[Key, Sequence[int], jnp.dtype], Array]
 """``(key, shape, dtype) -> v`` of mean 0 and covariance I, as `jax.random.rademacher` and `jax.random.normal` are."""
 
 
@@ -206,8 +206,8 @@ def log_density(
     rows = jax.tree.map(lambda column: jnp.asarray(column, bool if column.dtype == bool else clock), _rows(path, times))
     carry = (y, jnp.zeros_like(y), y, jnp.zeros((batch,), clock))
     (y, _, _, nats), _ = jax.lax.scan(jax.checkpoint(stage, prevent_cse=False), carry, rows)
-    noise = (_scale(path, times[-1]) * y).astype(x.dtype)
-    sigma, end = path.sigma(times[0]), path.sigma(times[-1])
+    noise = jnp.asarray(_scale(path, times[-1]) * y, x.dtype)
+    sigma, end = float(path.sigma(times[0])), float(path.sigma(times[-1]))
     if prior is None:
         log_prior = -jnp.sum(gaussian_nll(noise.astype(clock), 0.0, end**2).reshape(batch, -1), axis=1)
     else:
@@ -272,17 +272,17 @@ def _scale(path: Path, t: np.ndarray) -> np.ndarray:
 
 
 class _Row(NamedTuple):
-    """One evaluation of a Runge-Kutta step, or all of them stacked."""
+    """One evaluation of a Runge-Kutta step, traced, or all of them stacked, in NumPy."""
 
-    time: ArrayLike
-    scale: ArrayLike
-    alpha: ArrayLike
-    sigma: ArrayLike
-    slope: ArrayLike  # c of Eq. 3
-    reach: ArrayLike  # where to evaluate: so far from the step's start along the slope before
-    weight: ArrayLike  # what the slope found adds to y
-    trace_weight: ArrayLike  # what the trace found takes from the log-density
-    last: ArrayLike  # whether the step ends here
+    time: Any
+    scale: Any
+    alpha: Any
+    sigma: Any
+    slope: Any  # c of Eq. 3
+    reach: Any  # where to evaluate: so far from the step's start along the slope before
+    weight: Any  # what the slope found adds to y
+    trace_weight: Any  # what the trace found takes from the log-density
+    last: Any  # whether the step ends here
 
 
 def _rows(path: Path, times: np.ndarray) -> _Row:
