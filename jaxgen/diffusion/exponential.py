@@ -1,12 +1,12 @@
 """Exponential integrators: the one integral behind DPM-Solver++, DEIS and UniPC.
 
 In lambda = log(alpha / sigma) the probability flow, and with eta > 0 the reverse SDE of the same marginals, have the
-solution (Lu et al. 2022, arXiv:2211.01095, Eq. 8 and appendix D)
+solution (Lu et al. 2022, arXiv:2211.01095, proposition 4.1; for the SDE, k-diffusion's rate eta)
 
     x_s = sigma_s / sigma e^{-eta h} x + alpha_s int_0^1 H e^{-H (1 - u)} d(lambda + u h) du
           + sigma_s sqrt(1 - e^{-2 eta h}) z,    h = lambda_s - lambda,  H = (1 + eta) h                  (1)
 
-and, written for the noise eps = (x - alpha d) / sigma (Zhang & Chen 2022, arXiv:2204.13902, Eq. 10),
+and, written for the noise eps = (x - alpha d) / sigma (Zhang & Chen 2022, arXiv:2204.13902),
 
     x_s = alpha_s / alpha x + sigma_s int_0^1 H e^{-H (1 - u)} eps(lambda + u h) du,    H = -h            (2)
 

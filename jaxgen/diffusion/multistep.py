@@ -61,10 +61,10 @@ def dpmpp_3m(path: Path, times: ArrayLike) -> Table:
 
 
 def dpmpp_2m_sde(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
-    """SDE-DPM-Solver++(2M), Eqs. 1 and 4 with fresh noise. Weak order 2 in the mean and variance of Gaussian data.
+    """SDE-DPM-Solver++(2M), Eqs. 1 and 4 with fresh noise. Weak order 2.
 
-    Lu et al. 2022 (arXiv:2211.01095, appendix B); k-diffusion's name and eta. The first step, and a last step to time
-    0, are first-order.
+    Lu et al. 2022 (arXiv:2211.01095); k-diffusion's name and eta. The order is that of mean and variance on
+    Gaussian data. The first step, and a last step to time 0, are first-order.
 
     Args:
         path: the Gaussian path.
@@ -81,10 +81,10 @@ def dpmpp_2m_sde(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
 
 
 def dpmpp_3m_sde(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
-    """SDE-DPM-Solver++(3M), Eqs. 1 and 3 with fresh noise. Weak order 3 in the mean, 2 in the variance.
+    """SDE-DPM-Solver++(3M), Eqs. 1 and 3 with fresh noise. Weak order 2.
 
-    k-diffusion's name and eta. Orders are those seen on Gaussian data, the mean's on a grid with a short first step.
-    The weights are `dpmpp_3m`'s: see there how others' code differs.
+    k-diffusion's name and eta. On Gaussian data the variance is of order 2, and the mean of order 3 if the first step
+    is short (exact at eta = 1). The weights are `dpmpp_3m`'s: see there how others' code differs.
 
     Args:
         path: the Gaussian path.

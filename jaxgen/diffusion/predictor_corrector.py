@@ -36,8 +36,8 @@ def unipc(
     """UniPC-p, Eqs. 1 to 4: one evaluation a step, of order p + 1 (p without the corrector) after its start.
 
     The first steps have lower p; a last step to time 0, and one from alpha = 0, are DDIM's and are not corrected. The
-    first step's error is O(h^3), O(h^2) without the corrector: it limits the global order of order = 3, and of
-    order = 3 without the corrector, unless the first step is short.
+    first step's error, O(h^3), or O(h^2) without the corrector, limits the global order to 3, or 2, unless that step is
+    short.
 
     Args:
         path: the Gaussian path.

@@ -32,7 +32,7 @@ from jaxgen.diffusion.tables import grid
 from jaxgen.diffusion.times import time_at_ratio
 from jaxgen.typing import ArrayLike, Table
 
-KEEP = np.eye(5)[0]  # the weights, over three slots, that give slot 0
+_KEEP = np.eye(5)[0]  # the weights, over three slots, that give slot 0
 
 
 def heun(path: Path, times: ArrayLike) -> Table:
@@ -100,7 +100,7 @@ def edm_stochastic(
     kept = np.divide(path.alpha(starts), path.alpha(times[:-1]), where=moved, out=np.ones(steps))
     added = np.maximum(path.sigma(starts) ** 2 - (kept * path.sigma(times[:-1])) ** 2, 0.0)
     table = _heun_from(path, starts, times, kept, s_noise * np.sqrt(np.where(moved, added, 0.0)))
-    first = np.stack([kept[0] * KEEP, np.zeros(5), np.zeros(5)])
+    first = np.stack([kept[0] * _KEEP, np.zeros(5), np.zeros(5)])
     first[0, 4] = s_noise * np.sqrt(added[0]) if moved[0] else 0.0
     return Table(np.append(starts[0], table.times), np.concatenate([first[None], table.weights]))
 
@@ -120,7 +120,7 @@ def _heun_from(path: Path, starts: np.ndarray, times: np.ndarray, kept: np.ndarr
         # Slots: the point to evaluate, the step's start, the denoiser's output there.
         at.append(starts[i])
         per_x, per_d = predictors[i]
-        rows.append([[per_x, 0, 0, per_d, 0], KEEP, [0, 0, 0, 1, 0]])
+        rows.append([[per_x, 0, 0, per_d, 0], _KEEP, [0, 0, 0, 1, 0]])
         if sigma_s[i] == 0:
             break
         half = 0.5 * step[i] * scale_s[i]

@@ -114,7 +114,7 @@ def euler_ancestral(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
 
 
 def ddim_inversion(path: Path, times: ArrayLike) -> Table:
-    """DDIM backwards, from data to noise, Eq. 4 (Mokady et al. 2022, arXiv:2211.09794, section 3.2). First order.
+    """DDIM backwards, from data to noise, Eq. 4 (Mokady et al. 2022, arXiv:2211.09794). First order.
 
     It takes the grid that `ddim` takes and walks it from its last time to its first, so that the one undoes the other
     to first order in the step, and exactly where the predicted noise does not change along the way.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxgen import diffusion, testing
-from tests.diffusion import oracle
+from jaxgen.diffusion import likelihood
+from tests.diffusion import oracle, test_likelihood
 from tests.diffusion.oracle import MEAN, PATHS, STD
 
 PATH = PATHS["linear_beta"]  # alpha changes along it, so that a wrong alpha shows
@@ -101,3 +102,12 @@ def test_the_oracle_sees_a_static_guidance_scale():
 
     with pytest.raises(AssertionError, match="programs"):
         oracle.check_one_program(jax.jit(guided, static_argnums=2), steps=(1,), solvers=("ddim", "heun"))
+
+
+def test_the_oracle_sees_the_priors_standard_deviation_squared(monkeypatch):
+    """A log-likelihood whose prior takes the square of its variance: no difference at sigma = 1, so edm's is asked."""
+    monkeypatch.setattr(
+        likelihood, "gaussian_nll", lambda x, mean, variance: diffusion.gaussian_nll(x, mean, variance**2)
+    )
+    with pytest.raises(AssertionError):
+        test_likelihood.test_the_prior_is_noise_at_the_last_time(PATHS["edm"])
