@@ -6,7 +6,7 @@ training, so that sampling can be guided (arXiv:2207.12598).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -31,8 +31,8 @@ ROWS, SLOTS = 256, 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of a training run."""
+class Settings:
+    """Settings of a training run, whatever the recipe."""
 
     workdir: str
     """Directory of the run: settings, checkpoints, metrics, pictures. Run again with the same one to go on."""
@@ -81,22 +81,14 @@ class Config:
     bfloat16: bool = False
     """Whether to compute in bfloat16; parameters stay float32."""
 
-    sigma_data: float = 0.5
-    """Standard deviation of the data, for EDM's preconditioning."""
-    time_mean: float = -1.2
-    """Mean of the log noise level in training."""
-    time_std: float = 1.2
-    """Standard deviation of the log noise level in training."""
-    sigma_min: float = 0.002
-    """Lowest noise level of sampling, before the data."""
-    sigma_max: float = 80.0
-    """Highest noise level of sampling."""
     guidance: float = 1.0
     """Scale of classifier-free guidance for the run's own samples; 1 for none."""
     sample_steps: int = 20
-    """Steps of DPM-Solver++(2M) for the run's own samples."""
+    """Steps of the solver for the run's own samples."""
     judged: int = 1000
     """Samples that the judge measures at the end; 0 for no judge."""
+    judged_steps: tuple[int, ...] = ()
+    """Other numbers of steps whose samples it measures too."""
     judge_steps: int = 1500
     """Training steps of the judge."""
 
@@ -108,37 +100,43 @@ class Config:
     """Steps between grids of samples."""
 
 
-class Samples:
-    """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Settings of a training run."""
 
-    def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
-        """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
-        self.path = diffusion.edm(config.sigma_min, config.sigma_max)
-        self.classes, self._shape, self._devices = classes, tuple(shape), mesh.size
-        network = unet(config, shape, classes)
+    sigma_data: float = 0.5
+    """Standard deviation of the data, for EDM's preconditioning."""
+    time_mean: float = -1.2
+    """Mean of the log noise level in training."""
+    time_std: float = 1.2
+    """Standard deviation of the log noise level in training."""
+    sigma_min: float = 0.002
+    """Lowest noise level of sampling, before the data."""
+    sigma_max: float = 80.0
+    """Highest noise level of sampling."""
+
+
+class Draws:
+    """Draws from a network, compiled once whatever the table, the guidance and the seed."""
+
+    def __init__(
+        self,
+        path: diffusion.Path,
+        denoiser: Callable[[Params, Array, Table, Array], Denoiser],
+        shape: Sequence[int],
+        classes: int,
+        mesh: Mesh,
+    ) -> None:
+        """Prepares to draw images of ``shape`` by ``denoiser(params, labels, table, scale of guidance)``."""
+        self.path, self.classes, self._devices = path, classes, mesh.size
 
         def draw(shared: tuple[Params, Table, Array], split: tuple[Key, Array]) -> Array:
             (params, table, scale), (keys, labels) = shared, split
-            denoise = diffusion.cfg(
-                denoiser(config, network, params, labels),
-                denoiser(config, network, params, jnp.full_like(labels, classes)),
-                scale,
-            )
-            x = diffusion.prior(keys, self.path, jnp.asarray(table.times)[0], (len(labels), *shape))
+            denoise = denoiser(params, labels, table, scale)
+            x = diffusion.prior(keys, path, jnp.asarray(table.times)[0], (len(labels), *shape))
             return jnp.clip(diffusion.sample(keys, denoise, table, x), -1, 1)
 
         self._draw = place.rows(draw, mesh)
-
-    def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
-        """The sampler of that name on Karras's grid of noise levels."""
-        if eta is not None and solver != "ddim":
-            raise ValueError(f"`eta` is for the solver ddim, got {eta} and the solver {solver}")
-        times = diffusion.karras_times(self.path, steps)
-        built = diffusion.ddim(self.path, times, eta=eta) if eta is not None else SOLVERS[solver](self.path, times)
-        rows = ROWS
-        while rows < np.size(built.times):
-            rows *= 2
-        return diffusion.pad(built, rows=rows, slots=SLOTS)
 
     def __call__(
         self,
@@ -162,7 +160,42 @@ class Samples:
         return np.concatenate([np.asarray(part) for part in drawn])[: len(labels)]
 
 
-def unet(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
+class Samples(Draws):
+    """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
+
+    solver = "dpmpp_2m"  # for the run's own samples
+
+    def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
+        """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
+        network = _network(config, shape, classes)
+
+        def guided(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
+            return diffusion.cfg(
+                denoiser(config, network, params, labels),
+                denoiser(config, network, params, jnp.full_like(labels, classes)),
+                scale,
+            )
+
+        super().__init__(diffusion.edm(config.sigma_min, config.sigma_max), guided, shape, classes, mesh)
+
+    def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
+        """The sampler of that name on Karras's grid of noise levels."""
+        if eta is not None and solver != "ddim":
+            raise ValueError(f"`eta` is for the solver ddim, got {eta} and the solver {solver}")
+        times = diffusion.karras_times(self.path, steps)
+        built = diffusion.ddim(self.path, times, eta=eta) if eta is not None else SOLVERS[solver](self.path, times)
+        return padded(built)
+
+
+def padded(table: Table) -> Table:
+    """The table in the size that all have, so that one program serves them."""
+    rows = ROWS
+    while rows < np.size(table.times):
+        rows *= 2
+    return diffusion.pad(table, rows=rows, slots=SLOTS)
+
+
+def unet(config: Settings, shape: Sequence[int], classes: int, *, time_scale: float) -> nets.UNet:
     """The experiment's network."""
     return nets.UNet(
         out_channels=shape[-1],
@@ -173,9 +206,14 @@ def unet(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
         num_classes=classes,
         dropout=config.dropout,
         groups=config.groups,
-        time_scale=250.0,  # log(sigma) / 4 spans about 2.6: the embedding's sinusoids resolve hundreds
+        time_scale=time_scale,
         dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
     )
+
+
+def _network(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
+    # log(sigma) / 4 spans about 2.6: the embedding's sinusoids resolve hundreds
+    return unet(config, shape, classes, time_scale=250.0)
 
 
 def denoiser(config: Config, network: nets.UNet, params: Params, labels: Array, **options: Any) -> Denoiser:
@@ -188,8 +226,36 @@ def denoiser(config: Config, network: nets.UNet, params: Params, labels: Array, 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
-    network = unet(config, shape, classes)
+    network = _network(config, shape, classes)
     path = diffusion.edm(config.sigma_min, config.sigma_max)
+
+    def losses(params: Params, x0: Array, labels: Array, key: Key, **options: Any) -> tuple[Array, Metrics]:
+        return diffusion.denoising_loss(
+            path,
+            diffusion.data,
+            denoiser(config, network, params, labels, **options),
+            x0,
+            key,
+            draw_time=diffusion.log_normal_time(config.time_mean, config.time_std),
+            weight=diffusion.edm_weight(config.sigma_data),
+        ), {}
+
+    return trained(config, network, losses, shape, classes)
+
+
+def trained(
+    config: Settings,
+    network: nets.UNet,
+    losses: Callable[..., tuple[Array, Metrics]],
+    shape: Sequence[int],
+    classes: int,
+    *,
+    times: Sequence[int] = (),
+) -> train.Method:
+    """Adam on the mean of ``losses(params, x0, labels, key, **options of apply)``, some labels hidden.
+
+    ``times`` is the shape of what the network is told of time, per example.
+    """
 
     def loss(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
         x0, labels = batch["image"], batch["label"]
@@ -199,19 +265,11 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
             x0 = jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
         labels = jnp.where(_coins(label_key, len(x0), config.label_dropout), classes, labels)
         options = {"rngs": {"dropout": dropout_key}} if config.dropout else {}
-        losses = diffusion.denoising_loss(
-            path,
-            diffusion.data,
-            denoiser(config, network, params, labels, **options),
-            x0,
-            noise_key,
-            draw_time=diffusion.log_normal_time(config.time_mean, config.time_std),
-            weight=diffusion.edm_weight(config.sigma_data),
-        )
-        return losses.mean(), {}
+        values, metrics = losses(params, x0, labels, noise_key, **options)
+        return values.mean(), metrics
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
-    example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    example = (jnp.zeros((1, *shape)), jnp.zeros((1, *times)), jnp.zeros(1, jnp.int32))
     return train.minimise(
         loss,
         optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule)),

@@ -1,21 +1,26 @@
-"""What every experiment in image diffusion does with its recipe: train or go on, show, measure, sample."""
+"""What every experiment in image diffusion does with its recipe: train or go on, show, measure, sample.
+
+A recipe is a module with ``Config``, ``method`` and ``Samples``, as `experiments.image_diffusion` is.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import judge
-from experiments.image_diffusion import Config, Platform, Samples, method
+from experiments import image_diffusion, judge
+from experiments.image_diffusion import Platform, Settings
 from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run, train
 
 # Where a run's files are and what it runs on do not change what it computes.
-NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every")
+NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps")
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +57,13 @@ class Sample:
     """Devices to run on; JAX's choice by default."""
 
 
-def fit(name: str, config: Config) -> None:
+def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> None:
     """Trains, or goes on, and writes all that a run leaves behind.
 
     Args:
         name: the experiment's, as in ``python -m experiments.NAME``.
         config: its settings.
+        recipe: how it trains and samples.
 
     Raises:
         ValueError: a setting does not fit another, the devices or the data; or the directory is another run's.
@@ -71,11 +77,10 @@ def fit(name: str, config: Config) -> None:
     shape, classes = training["image"].shape[1:], int(training["label"].max()) + 1
     workdir = Path(config.workdir)
     run.claim(workdir, name, _identity(config, shape, classes))
-    samples = Samples(config, shape, classes, mesh)
-    table = samples.table("dpmpp_2m", config.sample_steps)
+    samples = recipe.Samples(config, shape, classes, mesh)
 
-    def draw(state: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.arange(count) % classes
+    def draw(state: Any, count: int, steps: int = config.sample_steps) -> tuple[np.ndarray, np.ndarray]:
+        labels, table = np.arange(count) % classes, samples.table(samples.solver, steps)
         return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed), labels
 
     def grid(path: Path, state: Any) -> None:
@@ -83,7 +88,7 @@ def fit(name: str, config: Config) -> None:
 
     records = log.Log(workdir / "metrics.jsonl")
     records.say(f"{name}: {len(training['image'])} images of {'x'.join(map(str, shape))}")
-    ours = method(config, shape, classes)
+    ours = recipe.method(config, shape, classes)
     pictures = loop.Every(config.grid_every, lambda step, state: grid(workdir / "samples" / f"{step:07}.png", state))
     state = _train(config, ours, mesh, training, records, pictures)
     grid(workdir / "samples.png", state)
@@ -93,7 +98,10 @@ def fit(name: str, config: Config) -> None:
         trained = judge.train_judge(
             training, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
         )
-        records.say(judge.report(trained, *draw(state, config.judged), training, held_out, workdir))
+        for steps in (config.sample_steps, *config.judged_steps):
+            out = workdir if steps == config.sample_steps else workdir / f"{steps}_steps"
+            records.say(f"samples of {steps} step(s):")
+            records.say(judge.report(trained, *draw(state, config.judged, steps), training, held_out, out))
     records.say(
         f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
         f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
@@ -101,7 +109,7 @@ def fit(name: str, config: Config) -> None:
 
 
 def _train(
-    config: Config,
+    config: Settings,
     ours: train.Method,
     mesh: Mesh,
     training: Mapping[str, np.ndarray],
@@ -135,12 +143,13 @@ def _train(
         )
 
 
-def draw(name: str, options: Sample) -> None:
+def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> None:
     """Draws images from a run's last checkpoint to a file: the command ``sample``.
 
     Args:
         name: the experiment's.
         options: what to draw.
+        recipe: how the run was trained.
 
     Raises:
         ValueError: an option is out of range; the directory is another experiment's.
@@ -152,14 +161,14 @@ def draw(name: str, options: Sample) -> None:
         raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
     for field in ("count", "steps", "columns", "batch_size"):
         checks.positive_integer(field, getattr(options, field))
-    config, shape, classes = _recalled(name, workdir)
+    config, shape, classes = _recalled(name, workdir, recipe)
     if not all(0 <= label < classes for label in options.classes):
         raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
     mesh = place.mesh(place.devices(options.platform))
-    samples = Samples(config, shape, classes, mesh)
+    samples = recipe.Samples(config, shape, classes, mesh)
     table = samples.table(options.solver, options.steps, options.eta)
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        state = checkpoints.restore(place.state_shapes(method(config, shape, classes), mesh))
+        state = checkpoints.restore(place.state_shapes(recipe.method(config, shape, classes), mesh))
     labels = np.resize(options.classes or np.arange(classes), options.count)
     drawn = samples(
         state.average,
@@ -176,7 +185,7 @@ def draw(name: str, options: Sample) -> None:
     print(f"{options.count} images of the classes {sorted(set(labels.tolist()))} are in {out}")
 
 
-def smoke(config: Config) -> Config:
+def smoke(config: AnySettings) -> AnySettings:
     """The same experiment, tiny: every part of it runs, nothing is learned."""
     return dataclasses.replace(
         config,
@@ -186,16 +195,18 @@ def smoke(config: Config) -> Config:
     )  # fmt: skip
 
 
-def command_line(module: str, name: str, config: Config) -> None:
-    """An experiment's ``main``: training, ``--smoke`` and the command ``sample``."""
+def command_line(
+    module: str, name: str, config: Settings, recipe: ModuleType = image_diffusion, **sampling: Any
+) -> None:
+    """An experiment's ``main``: training, ``--smoke`` and the command ``sample``, whose defaults are ``sampling``."""
     cli.main(
         module,
-        cli.Command(functools.partial(fit, name), config, smoke(config)),
-        {"sample": cli.Command(functools.partial(draw, name), Sample(config.workdir))},
+        cli.Command(functools.partial(fit, name, recipe=recipe), config, smoke(config)),
+        {"sample": cli.Command(functools.partial(draw, name, recipe=recipe), Sample(config.workdir, **sampling))},
     )
 
 
-def _check(config: Config) -> None:
+def _check(config: Settings) -> None:
     for field in (
         "steps",
         "batch_size",
@@ -206,6 +217,8 @@ def _check(config: Config) -> None:
         "sample_steps",
     ):
         checks.positive_integer(field, getattr(config, field))
+    for steps in config.judged_steps:
+        checks.positive_integer("judged_steps", steps)
     if not 0 <= config.warmup < config.steps:
         raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
     if config.batch_size % config.microbatches:
@@ -214,12 +227,12 @@ def _check(config: Config) -> None:
         checks.interval(field, getattr(config, field), 0.0, 1.0)
 
 
-def _identity(config: Config, shape: Sequence[int], classes: int) -> dict[str, Any]:
+def _identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
     return {**settings, "image_shape": list(shape), "classes": classes}
 
 
-def _recalled(name: str, workdir: Path) -> tuple[Config, tuple[int, ...], int]:
+def _recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) -> tuple[Any, tuple[int, ...], int]:
     """The settings of the run in ``workdir``, the shape of its images and how many classes they have."""
     found = run.read_config(workdir)
     if found["experiment"] != name:
@@ -228,7 +241,7 @@ def _recalled(name: str, workdir: Path) -> tuple[Config, tuple[int, ...], int]:
     try:
         shape: tuple[int, ...] = settings.pop("image_shape")
         classes: int = settings.pop("classes")
-        return Config(workdir=str(workdir), **settings), shape, classes
+        return recipe.Config(workdir=str(workdir), **settings), shape, classes
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{workdir} was written by jaxgen {found['jaxgen']}, whose settings this version does not read ({error})"

@@ -102,7 +102,8 @@ def report(
 ) -> str:
     """Measures class-conditional samples [n, ...] in [-1, 1] against the real images.
 
-    Writes quality.json, and neighbours.png: rows of samples, each above the training images nearest to them.
+    Writes quality.json and neighbours.png, rows of samples, each above the training images nearest to them, into
+    ``workdir``, which it makes if need be.
 
     Returns:
         What a person should read: the share of samples that the judge takes for the class asked for; the Fréchet
@@ -123,6 +124,7 @@ def report(
         "nearest_training_image": float(np.median(distances)),
         "nearest_training_image_floor": float(np.median(_neighbours(fresh, real)[0])),
     }
+    workdir.mkdir(exist_ok=True)
     (workdir / "quality.json").write_text(json.dumps(scores, indent=2) + "\n")
     rows, columns = 3, judge.network.classes
     pairs = [images[row * columns : (row + 1) * columns] for row in range(rows) for images in (drawn, real[nearest])]

@@ -1,6 +1,7 @@
 """Experiments as users run them: the command line, a kill in the middle, samples, and the published settings reduced."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -14,7 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar10_diffusion, digits_diffusion, image_run, mnist_diffusion
+from experiments import (
+    cifar10_diffusion,
+    digits_diffusion,
+    digits_meanflow,
+    image_diffusion,
+    image_meanflow,
+    image_run,
+    mnist_diffusion,
+)
 from jaxgen import diffusion, place
 from jaxgen.checkpoint import Checkpoints
 
@@ -42,7 +51,7 @@ def records(workdir):
 
 
 def state(workdir):
-    method = image_run.method(*image_run._recalled("digits_diffusion", workdir))
+    method = image_diffusion.method(*image_run._recalled("digits_diffusion", workdir))
     like = place.state_shapes(method, place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.latest(), jax.tree.leaves(checkpoints.restore(like))
@@ -111,7 +120,7 @@ def test_samples_are_functions_of_seed_index_and_class(trained):
 
 def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
     traces, compiled = [], []
-    original, rows = diffusion.sample, image_run.Samples.__call__
+    original, rows = diffusion.sample, image_diffusion.Samples.__call__
 
     def counted(*args, **options):
         traces.append(1)
@@ -120,8 +129,8 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
     monkeypatch.setattr(diffusion, "sample", counted)
     config, shape, classes = image_run._recalled("digits_diffusion", trained)
     mesh = place.mesh(jax.devices()[:1])
-    samples = image_run.Samples(config, shape, classes, mesh)
-    params = image_run.method(config, shape, classes).init(jax.random.key(0)).average
+    samples = image_diffusion.Samples(config, shape, classes, mesh)
+    params = image_diffusion.method(config, shape, classes).init(jax.random.key(0)).average
     for seed, (solver, steps) in enumerate([("ddim", 3), ("ddpm", 50), ("euler", 1), ("heun", 18), ("dpmpp_2m", 20)]):
         rows(samples, params, np.arange(4), samples.table(solver, steps), guidance=seed / 2, seed=seed, batch_size=4)
         compiled.append(len(traces))
@@ -147,6 +156,32 @@ def test_published_settings_reduced(experiment, images, request, tmp_path):
     image_run.fit(f"{name}_diffusion", config)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
+
+
+def test_meanflow_reduced(tmp_path):
+    """Few-step samples: trained, judged at one step and two, drawn again from the checkpoint."""
+    config = dataclasses.replace(
+        image_run.smoke(digits_meanflow.CONFIG),
+        workdir=str(tmp_path),
+        platform="cpu",
+        steps=4,
+        warmup=1,
+        sample_steps=1,
+    )
+    image_run.fit("digits_meanflow", config, image_meanflow)
+    for quality in ("quality.json", "2_steps/quality.json"):
+        assert 0 <= json.loads((tmp_path / quality).read_text())["recognised"] <= 1
+    options = image_run.Sample(str(tmp_path), out=str(tmp_path / "drawn.npz"), count=6, batch_size=100, solver="euler")
+    draw = functools.partial(image_run.draw, "digits_meanflow", recipe=image_meanflow)
+    draw(dataclasses.replace(options, steps=2, seed=1))
+    with np.load(tmp_path / "drawn.npz") as arrays:
+        assert arrays["image"].shape == (6, 8, 8, 1)
+    for change, message in (
+        ({"guidance": 3.0}, "`guidance` is part of this network, 1.3, got 3"),
+        ({"solver": "heun"}, "`solver` must be 'euler', without `eta`, got 'heun' and None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(dataclasses.replace(options, **change))
 
 
 def test_another_experiments_directory_is_refused(trained):

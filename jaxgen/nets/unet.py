@@ -23,7 +23,7 @@ from flax import linen as nn
 from jaxgen import checks
 from jaxgen import random as jaxgen_random
 from jaxgen.nets.convolution import Conv, upsample_convolve
-from jaxgen.nets.embedding import LabelEmbedding, time_embedding
+from jaxgen.nets.embedding import LabelEmbedding, check_labels, time_embedding
 from jaxgen.nets.initialisation import Initialiser, constant, variance_scaling
 from jaxgen.nets.normalisation import GroupNorm
 from jaxgen.typing import Array
@@ -116,7 +116,8 @@ class UNet(nn.Module):
     """A time-conditional, optionally class-conditional U-Net.
 
     ``apply(params, x [batch, height, width, channels], t [batch], labels [batch] int = None)
-    -> [batch, height, width, out_channels]`` in float32 (or wider, if ``dtype`` is).
+    -> [batch, height, width, out_channels]`` in float32 (or wider, if ``dtype`` is). ``t`` may be [batch, times] where
+    the network is told several, such as the two ends of a step.
 
     Height and width must be multiples of 2^(len(multipliers) - 1). The levels lie at sizes height, height /
     2, ...; which of them attend depends on ``attention`` and so the parameters depend on the size that
@@ -126,8 +127,8 @@ class UNet(nn.Module):
     (key, i) alone.
 
     Raises at trace time: TypeError for integer ``x`` or non-integer ``labels``; ValueError for sizes that do
-    not divide, a ``t`` that is not [batch], labels missing although ``num_classes`` is set or given although
-    it is not.
+    not divide, a ``t`` that is not [batch] or [batch, times], labels missing although ``num_classes`` is set
+    or given although it is not.
 
     Attributes:
         out_channels: of the output.
@@ -222,13 +223,10 @@ class UNet(nn.Module):
         return h.astype(jnp.promote_types(h.dtype, jnp.float32))
 
     def _embed(self, t: Array, labels: Array | None) -> Array:
-        waves = time_embedding(
-            jnp.asarray(t) * self.time_scale,
-            self.channels,
-            freq_shift=self.freq_shift,
-            flip_sin_to_cos=self.flip_sin_to_cos,
-        )
-        embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves.astype(self.dtype))
+        times = jnp.reshape(jnp.asarray(t) * self.time_scale, -1)
+        waves = time_embedding(times, self.channels, freq_shift=self.freq_shift, flip_sin_to_cos=self.flip_sin_to_cos)
+        waves = waves.reshape(len(t), -1).astype(self.dtype)
+        embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves)
         embedding = _dense(4 * self.channels, self.dtype, "time_1")(nn.silu(embedding))
         if labels is not None and self.num_classes is not None:
             embedding += LabelEmbedding(self.num_classes, 4 * self.channels, name="label")(labels).astype(self.dtype)
@@ -265,7 +263,7 @@ class UNet(nn.Module):
                 f"`x` must have a height and width that {divisor} divides ({len(self.multipliers)} levels), "
                 f"got shape {list(x.shape)}"
             )
-        checks.shape("t", t, (x.shape[0],))
+        checks.shape("t", t, (x.shape[0], None)[: max(jnp.ndim(t), 1)])
         if self.downsample_padding not in ((0, 1), (1, 1)):
             raise ValueError(f"`downsample_padding` must be (0, 1) or (1, 1), got {self.downsample_padding}")
         strays = [level for level in self.attention_levels or () if not 0 <= level < len(self.multipliers)]
@@ -273,8 +271,4 @@ class UNet(nn.Module):
             raise ValueError(f"`attention_levels` must lie in [0, {len(self.multipliers) - 1}], got {strays[0]}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout:g}")
-        if (labels is None) != (self.num_classes is None):
-            came, expected = ("None", "[batch] integers") if labels is None else (f"{jnp.shape(labels)}", "None")
-            raise ValueError(f"`labels` must be {expected} when `num_classes` is {self.num_classes}, got {came}")
-        if labels is not None:
-            checks.shape("labels", labels, (x.shape[0],))
+        check_labels(labels, self.num_classes, x.shape[0])

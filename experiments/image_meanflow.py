@@ -1,0 +1,97 @@
+"""Class-conditional images in one or two evaluations of the network: MeanFlow (Geng et al. 2025, arXiv:2505.13447).
+
+A U-Net, told both ends of a step, learns the average velocity of the rectified flow between them, with guidance learned
+into it: a sample costs as many evaluations as it has steps.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.image_diffusion import Draws, Settings, padded, trained, unet
+from jaxgen import diffusion, nets, train
+from jaxgen.typing import Array, Denoiser, Key, Metrics, Params, Table
+
+PATH = diffusion.rectified_flow()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Settings of a training run."""
+
+    guidance: float = 1.0
+    """Scale of classifier-free guidance that the network learns; 1 for none."""
+    sample_steps: int = 1
+    """Steps, and evaluations, of the run's own samples."""
+    time_mean: float = -0.4
+    """Mean of log(t / (1 - t)) in training."""
+    time_std: float = 1.0
+    """Standard deviation of log(t / (1 - t)) in training."""
+    distinct: float = 0.75
+    """Share of examples whose step has a length in training; the others learn the velocity."""
+    power: float = 1.0
+    """How far large errors are scaled down, from 0, not at all, to 1, to their square root."""
+
+
+class Samples(Draws):
+    """Draws from a run's network, compiled once whatever the number of steps and the seed."""
+
+    solver = "euler"
+
+    def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
+        """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
+        network, self._guidance = _network(config, shape, classes), config.guidance
+
+        def denoiser(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
+            return diffusion.meanflow_denoiser(PATH, _average_velocity(network, params, labels), table.times)
+
+        super().__init__(PATH, denoiser, shape, classes, mesh)
+
+    def __call__(self, *args: Any, guidance: float, **options: Any) -> np.ndarray:
+        """Draws as `Draws` does, at the guidance that the network has learned."""
+        if guidance != self._guidance:
+            raise ValueError(f"`guidance` is part of this network, {self._guidance:g}, got {guidance:g}")
+        return super().__call__(*args, guidance=guidance, **options)
+
+    def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
+        """So many equal steps, whose ends the network is told."""
+        if solver != self.solver or eta is not None:
+            raise ValueError(f"`solver` must be {self.solver!r}, without `eta`, got {solver!r} and {eta}")
+        return padded(diffusion.euler(PATH, diffusion.uniform_times(PATH, steps)))
+
+
+def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
+    """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
+    network = _network(config, shape, classes)
+    draw_times = diffusion.meanflow_times(
+        diffusion.logit_normal_time(config.time_mean, config.time_std), distinct=config.distinct
+    )
+
+    def losses(params: Params, x0: Array, labels: Array, key: Key, **options: Any) -> tuple[Array, Metrics]:
+        conditional = _average_velocity(network, params, labels, **options)
+        guide = None
+        if config.guidance != 1:
+            unconditional = _average_velocity(network, params, jnp.full_like(labels, classes), **options)
+            scale = jnp.where(labels == classes, 1.0, config.guidance)
+            guide = diffusion.meanflow_guide(conditional, unconditional, scale)
+        errors = diffusion.meanflow_loss(PATH, conditional, x0, key, draw_times=draw_times, guide=guide)
+        return diffusion.adaptive(errors, power=config.power), {"error": errors.mean()}
+
+    return trained(config, network, losses, shape, classes, times=(2,))
+
+
+def _network(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
+    # Training differentiates by time: sinusoids much faster than the flow itself would only make that noisy.
+    return unet(config, shape, classes, time_scale=3.0)
+
+
+def _average_velocity(network: nets.UNet, params: Params, labels: Array, **options: Any) -> diffusion.AverageVelocity:
+    def average(x: Array, t: Array, r: Array) -> Array:
+        u: Array = network.apply(params, x, jnp.stack([t, t - r], axis=1), labels, **options)  # type: ignore[assignment]
+        return u
+
+    return average
