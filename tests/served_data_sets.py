@@ -1,4 +1,4 @@
-"""Fixtures: mnist and cifar10 in their original formats with fewer images, served from this machine.
+"""Fixtures: mnist, cifar10 and imagenet2012 in their original formats with fewer images, from this machine.
 
 tensorflow-datasets' own builders fetch and prepare them: everything after the address is what users run.
 """
@@ -14,6 +14,7 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 TRAIN, TEST = 40, 20
 
@@ -93,3 +94,34 @@ def cifar10(images, served, monkeypatch):
         property(lambda self: original(self)._replace(url=address + "cifar-10-binary.tar.gz")),
     )
     return images
+
+
+@pytest.fixture
+def imagenet2012(tmp_path, monkeypatch):
+    """A data directory with ImageNet's archive of archives, of two classes, for its builder to find."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    builder = tfds.builder_cls("imagenet2012")
+    monkeypatch.setattr(builder, "url_infos", {})
+    names = builder(data_dir=tmp_path / "names").info.features["label"].names
+    manual = tmp_path / "data" / "downloads" / "manual"
+    manual.mkdir(parents=True)
+
+    def add(archive, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+
+    with tarfile.open(manual / "ILSVRC2012_img_train.tar", "w") as archive:
+        for label in (3, 997):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as images:
+                for number, size in enumerate([(37, 50), (64, 48), (20, 20), (33, 90)]):
+                    file = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(file, "jpeg")
+                    add(images, f"{names[label]}_{number}.JPEG", file.getvalue())
+            add(archive, f"{names[label]}.tar", inner.getvalue())
+    with tarfile.open(manual / "ILSVRC2012_img_val.tar", "w") as archive:
+        add(archive, "ILSVRC2012_val_00000001.JPEG", file.getvalue())
+    return tmp_path / "data"

@@ -7,7 +7,8 @@
   iterator state to save: the batch of a step is a pure function of (data, seed, step), so resuming a run is
   exact.
 * ``prefetched``: the same function, with the next steps' batches made meanwhile.
-* ``to_unit``, ``to_uint8``, ``unit_images``: images between uint8 and float32 in [-1, 1].
+* ``to_unit``, ``to_uint8``, ``unit_images``: images between uint8 and float32 in [-1, 1]; ``centred_square``:
+  images of any size to one.
 
 TensorFlow is not needed, neither to prepare a data set nor to read it.
 
@@ -15,7 +16,7 @@ tensorflow-datasets, grain and scikit-learn are imported inside the functions th
 take seconds, and a program that prints its ``--help`` needs none of them.
 """
 
-from jaxgen.data.images import to_uint8, to_unit, unit_images
+from jaxgen.data.images import centred_square, to_uint8, to_unit, unit_images
 from jaxgen.data.records import Source, load, source
 from jaxgen.data.steps import Batches, batches, prefetched, stream
 
@@ -23,6 +24,7 @@ __all__ = [
     "Batches",
     "Source",
     "batches",
+    "centred_square",
     "load",
     "prefetched",
     "source",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgen import checks
 from jaxgen.typing import ArrayLike
 
 
@@ -66,6 +67,38 @@ def to_uint8(images: ArrayLike) -> np.ndarray:
     array *= 127.5
     np.clip(array, 0, 255, out=array)
     return np.rint(array, out=array).astype(np.uint8)
+
+
+def centred_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Cuts the largest square from an image's middle and brings it to ``size`` pixels a side.
+
+    By bicubic interpolation, and where it shrinks by a bicubic filter as wide as the pixels to come, so that nothing
+    aliases.
+
+    Args:
+        image: uint8 [height, width, 3], or with 1 channel.
+        size: at least 1.
+
+    Returns:
+        uint8 [size, size, channels].
+
+    Raises:
+        TypeError: ``image`` is not uint8.
+        ValueError: it is no such image, or ``size`` is out of range.
+    """
+    from PIL import Image
+
+    if image.dtype != np.uint8:
+        raise TypeError(f"`image` must be uint8, got dtype {image.dtype}")
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"`image` must have shape [height, width, 1 or 3], got {list(image.shape)}")
+    checks.positive_integer("size", size)
+    height, width, channels = image.shape
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image[top : top + side, left : left + side]
+    picture = Image.fromarray(square[..., 0] if channels == 1 else square)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, channels)
 
 
 def unit_images(batch: dict[str, np.ndarray]) -> dict[str, Any]:

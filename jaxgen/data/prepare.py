@@ -72,10 +72,11 @@ def _without_tensorflow(builder: Any) -> Iterator[None]:
     from tensorflow_datasets.core.features import image_feature
 
     stand_in = _StandIn(
-        io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)),
+        io=SimpleNamespace(gfile=SimpleNamespace(GFile=open, exists=os.path.exists)),
         compat=SimpleNamespace(as_text=os.fsdecode),
     )
-    modules = [extractor, sys.modules[type(builder).__module__]]
+    package = type(builder).__module__.rpartition(".")[0]
+    modules = [extractor, *(m for name, m in list(sys.modules.items()) if name.rpartition(".")[0] == package)]
     replaced: list[tuple[Any, str, Any]] = [(module, "tf", stand_in) for module in modules if hasattr(module, "tf")]
     replaced.append((image_feature._ImageEncoder, "_encode_image", _encode_image))
     with contextlib.ExitStack() as undo:

@@ -25,7 +25,7 @@ class Source(Sequence[dict[str, Any]]):
 
     A record is a dict of NumPy values: images uint8 [height, width, channels], class labels int32 and in
     range; texts are left out. ``features`` has the (shape, dtype) of each, with None for lengths that differ
-    between records.
+    between records, ``classes`` the number of classes of each label.
     """
 
     def __init__(self, name: str, split: str, builder: Any, records: Any) -> None:
@@ -34,9 +34,9 @@ class Source(Sequence[dict[str, Any]]):
         self.directory = os.fspath(builder.data_dir)
         features = {key: feature for key, feature in dict(builder.info.features).items() if _numeric(feature)}
         # Class labels are int64 on disk; int32 is what JAX computes with.
-        self._classes = {key: f.num_classes for key, f in features.items() if hasattr(f, "num_classes")}
+        self.classes = {key: f.num_classes for key, f in features.items() if hasattr(f, "num_classes")}
         self.features = {
-            key: (tuple(feature.shape), np.dtype(np.int32 if key in self._classes else feature.np_dtype))
+            key: (tuple(feature.shape), np.dtype(np.int32 if key in self.classes else feature.np_dtype))
             for key, feature in features.items()
         }
         self._records = records
@@ -60,7 +60,7 @@ class Source(Sequence[dict[str, Any]]):
             return [self._checked(index, record) for index, record in zip(indices, records, strict=True)]
 
     def _checked(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        for key, classes in self._classes.items():
+        for key, classes in self.classes.items():
             if not 0 <= record[key] < classes:
                 raise ValueError(f"record {index} of {self.split!r}: {key} {record[key]} is not in 0..{classes - 1}")
         return {key: np.asarray(record[key], dtype) for key, (_, dtype) in self.features.items()}

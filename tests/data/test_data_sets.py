@@ -153,7 +153,7 @@ def test_damaged_descriptions_are_errors(digits_dir, tmp_path):
 
 def test_labels_out_of_range_are_errors(digits_dir, monkeypatch):
     records = data.source("digits", split="test", data_dir=digits_dir)
-    monkeypatch.setitem(records._classes, "label", 5)
+    monkeypatch.setitem(records.classes, "label", 5)
     with pytest.raises(RuntimeError, match=r"'digits' in .* label \d is not in 0..4"):
         records.__getitems__(range(20))
 

@@ -36,3 +36,20 @@ def test_wrong_types_are_refused():
         data.to_uint8(np.zeros(3, np.complex64))
     with pytest.raises(ValueError, match="`images` must be numbers, got 1 NaN of 2 values"):
         data.to_uint8(np.array([0.0, np.nan]))
+
+
+def test_squares_are_cut_from_the_middle_and_do_not_alias():
+    image = np.zeros((10, 16, 3), np.uint8)
+    image[:, 3:13] = 200
+    np.testing.assert_array_equal(data.centred_square(image, 10), 200)
+    np.testing.assert_array_equal(data.centred_square(image, 5), 200)
+    grey = data.centred_square(image[..., :1], 3)
+    np.testing.assert_array_equal(grey, np.full((3, 3, 1), 200))
+    checkerboard = np.indices((64, 64)).sum(0)[..., None].astype(np.uint8) % 2 * 255
+    assert np.ptp(data.centred_square(checkerboard, 8)[2:6, 2:6]) <= 16
+    with pytest.raises(TypeError, match="`image` must be uint8, got dtype float32"):
+        data.centred_square(image.astype(np.float32), 4)
+    with pytest.raises(ValueError, match=r"`image` must have shape \[height, width, 1 or 3\], got \[10, 16, 2\]"):
+        data.centred_square(image[..., :2], 4)
+    with pytest.raises(ValueError, match="`size` must be an integer of at least 1, got 0"):
+        data.centred_square(image, 0)
