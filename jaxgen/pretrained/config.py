@@ -174,7 +174,7 @@ def to_config(network: nets.UNet, ours: Mapping[str, Any], sample_size: int | No
     config = {option: known.default for option, known in OPTIONS.items()} | {
         "_class_name": CLASS,
         "sample_size": sample_size,
-        "in_channels": (*np.shape(ours.get("params/conv_in/kernel")), 1, 1, 1)[2],  # shapes are checked later
+        "in_channels": (*np.shape(ours.get("params/conv_in/kernel", 0)), 1, 1, 1)[2],  # shapes are checked later
         "out_channels": network.out_channels,
         "freq_shift": network.freq_shift,
         "flip_sin_to_cos": network.flip_sin_to_cos,

@@ -203,6 +203,16 @@ def test_heads_split_the_channels():
     np.testing.assert_array_equal(two, by_dim)
 
 
+def test_levels_by_number_are_those_of_their_height():
+    params = init(SMALL, jax.random.key(0), X, T)
+    by_number = SMALL.clone(attention=(), attention_levels=(1,))
+    run = jax.jit(by_number.apply)
+    np.testing.assert_array_equal(run(params, X, T), jax.jit(SMALL.apply)(params, X, T))
+    run(params, X[:, :4, :4], T)  # the same parameters serve every size
+    without = jax.eval_shape(by_number.clone(middle_attention=False).init, jax.random.key(0), X, T)["params"]
+    assert params["params"].keys() - without.keys() == {"middle_attention"}
+
+
 def test_forward_mode_inside_reverse_mode():
     """MeanFlow's derivative along the path, differentiated by the parameters."""
     model = TINY.clone(channels=8, groups=4)
@@ -250,6 +260,13 @@ def test_forward_mode_inside_reverse_mode():
         (ValueError, "`heads` must divide the 64 channels that attend, got 3", SMALL.clone(heads=3), (X, T)),
         (ValueError, r"`dropout` must lie in \[0, 1\), got 1", SMALL.clone(dropout=1.0), (X, T)),
         (ValueError, "`groups` must divide the 32 channels", SMALL.clone(groups=5), (X, T)),
+        (ValueError, r"`attention_levels` must lie in \[0, 1\], got 2", SMALL.clone(attention_levels=(0, 2)), (X, T)),
+        (
+            ValueError,
+            r"`downsample_padding` must be \(0, 1\) or \(1, 1\), got \(1, 0\)",
+            SMALL.clone(downsample_padding=(1, 0)),
+            (X, T),
+        ),
     ],
 )
 def test_bad_input_is_refused(error, message, model, arguments):
