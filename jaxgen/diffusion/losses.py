@@ -154,8 +154,8 @@ def edm_weight(sigma_data: float = 0.5) -> Weight:
 def adaptive(losses: Array, *, power: float = 1.0, offset: float = 1e-3) -> Array:
     """Losses whose gradients are scaled down where they are large: L / (L + offset)^power, the divisor held constant.
 
-    With L the mean squared error, power 1 gives gradients of the size of the error's own, and 1/2 those of the
-    pseudo-Huber loss (Geng et al. 2025, arXiv:2505.13447, Eq. 22; 2024, arXiv:2406.14548).
+    Geng et al. 2025 (arXiv:2505.13447, Eq. 22). With L a squared error, power 1/2 has the gradients of the pseudo-Huber
+    loss, of one size wherever the error is large; at power 1, MeanFlow's, large errors pull less than small ones.
 
     Args:
         losses: [batch], one value per example, at least 0.

@@ -41,8 +41,8 @@ def recipe(name, path, theta):
 
         def net(x, t):
             c = diffusion.prediction.path_coefficients(path, t, x)
-            x0 = exact(x, t)
-            right = prediction.target(c, x0, (x - c.alpha * x0) / c.sigma)
+            silent, one = (prediction.to_data(c, x, value) for value in (jnp.zeros_like(x), jnp.ones_like(x)))
+            right = (exact(x, t) - silent) / (one - silent)  # the output that `denoiser` turns into the exact estimate
             return right * (1 + theta[0]) + theta[1] + theta[2] * x
 
     return diffusion.denoising_loss(path, prediction, net, X0, KEY, **options)
