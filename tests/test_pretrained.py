@@ -380,6 +380,7 @@ def without(params, module):
         ("it has no params/more$", {}, lambda p: {"params": p["params"] | {"more": jnp.zeros(1)}}),
         ("it has no batch_stats/mean", {}, lambda p: p | {"batch_stats": {"mean": jnp.zeros(1)}}),
         (r"params/norm_out/scale of shape \[16\], got \[1\]", {}, lambda p: {"params": p["params"] | {"norm_out": {"scale": jnp.ones(1), "bias": jnp.ones(16)}}}),
+        (r"params/time_0/kernel of shape \[16, 64\], got \[32, 64\]", {}, lambda p: {"params": p["params"] | {"time_0": {"kernel": jnp.zeros((32, 64)), "bias": jnp.zeros(64)}}}),  # of two times
         ("must be float32, got bfloat16 for params/conv_in/bias", {}, lambda p: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p)),
     ],
 )  # fmt: skip

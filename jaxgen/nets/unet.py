@@ -121,14 +121,14 @@ class UNet(nn.Module):
 
     Height and width must be multiples of 2^(len(multipliers) - 1). The levels lie at sizes height, height /
     2, ...; which of them attend depends on ``attention`` and so the parameters depend on the size that
-    ``init`` saw.
+    ``init`` saw, unless ``attention_levels`` says it.
 
     Dropout acts exactly when ``apply`` is given ``rngs={'dropout': key}``; example i's mask is drawn from
     (key, i) alone.
 
     Raises at trace time: TypeError for integer ``x`` or non-integer ``labels``; ValueError for sizes that do
     not divide, a ``t`` that is not [batch] or [batch, times], labels missing although ``num_classes`` is set
-    or given although it is not.
+    or given although it is not, an ``attention_levels`` or ``downsample_padding`` out of range.
 
     Attributes:
         out_channels: of the output.
