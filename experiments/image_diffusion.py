@@ -1,11 +1,12 @@
 """Class-conditional image diffusion: what the experiments on digits, MNIST and CIFAR-10 have in common.
 
-The recipe is EDM's (Karras et al. 2022, arXiv:2206.00364): noise levels drawn log-normally, a preconditioned U-Net that
-estimates the clean image, an average of its weights, and deterministic solvers; classes are dropped at random in
-training, so that sampling can be guided (arXiv:2207.12598).
+The recipe is EDM's (Karras et al. 2022, arXiv:2206.00364): noise levels drawn log-normally, a preconditioned U-Net or
+transformer that estimates the clean image, an average of its weights, and deterministic solvers; classes are dropped at
+random in training, so that sampling can be guided (arXiv:2207.12598).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from jaxgen import diffusion, nets, place, random, train
 from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Params, Table
 
 Platform = Literal["cpu", "gpu", "tpu"]
+Network = nets.UNet | nets.DiT
 SOLVERS = {
     "ddim": diffusion.ddim,
     "ddpm": diffusion.ddpm,
@@ -28,6 +30,26 @@ SOLVERS = {
 }
 # Tables are padded to one size, so that no choice of solver, steps, eta or guidance compiles anything anew.
 ROWS, SLOTS = 256, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """Settings of a diffusion transformer."""
+
+    patch: int = 2
+    """Side of a patch of the image, which is a token."""
+    features: int = 128
+    """Features of a token."""
+    depth: int = 4
+    """Blocks."""
+    heads: int = 4
+    """Attention heads."""
+    rotary: bool = False
+    """Whether queries and keys are rotated by their position; else sines and cosines are added to the tokens."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised."""
+    remat: bool = False
+    """Whether to keep each block's input alone for the gradient and compute the rest again, to save memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +87,11 @@ class Settings:
     """Share of the labels that are hidden in training, for guidance."""
     flip: bool = False
     """Whether training images are mirrored at random."""
+    image_size: int | None = None
+    """Side to which images are cropped and shrunk as they are read, for data sets that do not fit into memory."""
 
+    network: Literal["unet", "dit"] = "unet"
+    """A U-Net, of which the next settings speak, or a diffusion transformer."""
     channels: int = 32
     """Channels of the U-Net's first level."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -77,7 +103,9 @@ class Settings:
     groups: int = 8
     """Groups of its GroupNorms."""
     dropout: float = 0.0
-    """Share of activations dropped in training."""
+    """Share of the U-Net's activations dropped in training."""
+    dit: Transformer = Transformer()
+    """The transformer."""
     bfloat16: bool = False
     """Whether to compute in bfloat16; parameters stay float32."""
 
@@ -167,24 +195,31 @@ class Samples(Draws):
 
     def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
         """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
-        network = _network(config, shape, classes)
-
-        def guided(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
-            return diffusion.cfg(
-                denoiser(config, network, params, labels),
-                denoiser(config, network, params, jnp.full_like(labels, classes)),
-                scale,
-            )
-
-        super().__init__(diffusion.edm(config.sigma_min, config.sigma_max), guided, shape, classes, mesh)
+        net = _network(config, shape, classes)
+        path = diffusion.edm(config.sigma_min, config.sigma_max)
+        super().__init__(path, guided(functools.partial(denoiser, config, net), classes), shape, classes, mesh)
 
     def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
         """The sampler of that name on Karras's grid of noise levels."""
-        if eta is not None and solver != "ddim":
-            raise ValueError(f"`eta` is for the solver ddim, got {eta} and the solver {solver}")
-        times = diffusion.karras_times(self.path, steps)
-        built = diffusion.ddim(self.path, times, eta=eta) if eta is not None else SOLVERS[solver](self.path, times)
-        return padded(built)
+        return built(self.path, diffusion.karras_times(self.path, steps), solver, eta)
+
+
+def guided(
+    denoiser: Callable[[Params, Array], Denoiser], classes: int
+) -> Callable[[Params, Array, Table, Array], Denoiser]:
+    """Classifier-free guidance of ``denoiser(params, labels)`` towards its labels, as `Draws` takes it."""
+
+    def guide(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
+        return diffusion.cfg(denoiser(params, labels), denoiser(params, jnp.full_like(labels, classes)), scale)
+
+    return guide
+
+
+def built(path: diffusion.Path, times: np.ndarray, solver: str, eta: float | None) -> Table:
+    """The sampler of that name on a grid of times."""
+    if eta is not None and solver != "ddim":
+        raise ValueError(f"`eta` is for the solver ddim, got {eta} and the solver {solver}")
+    return padded(SOLVERS[solver](path, times, **({} if eta is None else {"eta": eta})))
 
 
 def padded(table: Table) -> Table:
@@ -195,8 +230,25 @@ def padded(table: Table) -> Table:
     return diffusion.pad(table, rows=rows, slots=SLOTS)
 
 
-def unet(config: Settings, shape: Sequence[int], classes: int, *, time_scale: float) -> nets.UNet:
+def network(config: Settings, shape: Sequence[int], classes: int, *, time_scale: float) -> Network:
     """The experiment's network."""
+    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    if config.network == "dit":
+        if config.dropout:
+            raise ValueError(f"`dropout` must be 0 for the network dit, which has none, got {config.dropout:g}")
+        return nets.DiT(
+            out_channels=shape[-1],
+            features=config.dit.features,
+            depth=config.dit.depth,
+            heads=config.dit.heads,
+            patch=config.dit.patch,
+            num_classes=classes,
+            time_scale=time_scale,
+            positions=nets.rotary_positions if config.dit.rotary else nets.sincos_positions,
+            qk_norm=config.dit.qk_norm,
+            remat=jax.checkpoint_policies.nothing_saveable if config.dit.remat else None,
+            dtype=dtype,
+        )
     return nets.UNet(
         out_channels=shape[-1],
         channels=config.channels,
@@ -207,16 +259,16 @@ def unet(config: Settings, shape: Sequence[int], classes: int, *, time_scale: fl
         dropout=config.dropout,
         groups=config.groups,
         time_scale=time_scale,
-        dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
+        dtype=dtype,
     )
 
 
-def _network(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
+def _network(config: Config, shape: Sequence[int], classes: int) -> Network:
     # log(sigma) / 4 spans about 2.6: the embedding's sinusoids resolve hundreds
-    return unet(config, shape, classes, time_scale=250.0)
+    return network(config, shape, classes, time_scale=250.0)
 
 
-def denoiser(config: Config, network: nets.UNet, params: Params, labels: Array, **options: Any) -> Denoiser:
+def denoiser(config: Config, network: Network, params: Params, labels: Array, **options: Any) -> Denoiser:
     """The network as an estimate of clean images of the classes ``labels``."""
     return diffusion.edm_precondition(
         lambda x, t: network.apply(params, x, t, labels, **options),  # type: ignore[arg-type, return-value]
@@ -226,26 +278,26 @@ def denoiser(config: Config, network: nets.UNet, params: Params, labels: Array, 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
-    network = _network(config, shape, classes)
+    net = _network(config, shape, classes)
     path = diffusion.edm(config.sigma_min, config.sigma_max)
 
     def losses(params: Params, x0: Array, labels: Array, key: Key, **options: Any) -> tuple[Array, Metrics]:
         return diffusion.denoising_loss(
             path,
             diffusion.data,
-            denoiser(config, network, params, labels, **options),
+            denoiser(config, net, params, labels, **options),
             x0,
             key,
             draw_time=diffusion.log_normal_time(config.time_mean, config.time_std),
             weight=diffusion.edm_weight(config.sigma_data),
         ), {}
 
-    return trained(config, network, losses, shape, classes)
+    return trained(config, net, losses, shape, classes)
 
 
 def trained(
     config: Settings,
-    network: nets.UNet,
+    network: Network,
     losses: Callable[..., tuple[Array, Metrics]],
     shape: Sequence[int],
     classes: int,

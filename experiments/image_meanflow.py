@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.image_diffusion import Draws, Settings, padded, trained, unet
-from jaxgen import diffusion, nets, train
+from experiments.image_diffusion import Draws, Network, Settings, network, padded, trained
+from jaxgen import diffusion, train
 from jaxgen.typing import Array, Denoiser, Key, Metrics, Params, Table
 
 PATH = diffusion.rectified_flow()
@@ -34,7 +34,7 @@ class Config(Settings):
     distinct: float = 0.75
     """Share of examples whose step has a length in training; the others learn the velocity."""
     power: float = 1.0
-    """How far large errors are scaled down, from 0, not at all, to 1, to their square root."""
+    """Power of its own error that each example's loss is divided by; 0 for none."""
 
 
 class Samples(Draws):
@@ -44,10 +44,10 @@ class Samples(Draws):
 
     def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
         """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
-        network, self._guidance = _network(config, shape, classes), config.guidance
+        net, self._guidance = _network(config, shape, classes), config.guidance
 
         def denoiser(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
-            return diffusion.meanflow_denoiser(PATH, _average_velocity(network, params, labels), table.times)
+            return diffusion.meanflow_denoiser(PATH, _average_velocity(net, params, labels), table.times)
 
         super().__init__(PATH, denoiser, shape, classes, mesh)
 
@@ -66,32 +66,32 @@ class Samples(Draws):
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
-    network = _network(config, shape, classes)
+    net = _network(config, shape, classes)
     draw_times = diffusion.meanflow_times(
         diffusion.logit_normal_time(config.time_mean, config.time_std), distinct=config.distinct
     )
 
     def losses(params: Params, x0: Array, labels: Array, key: Key, **options: Any) -> tuple[Array, Metrics]:
-        conditional = _average_velocity(network, params, labels, **options)
+        conditional = _average_velocity(net, params, labels, **options)
         guide = None
         if config.guidance != 1:
-            unconditional = _average_velocity(network, params, jnp.full_like(labels, classes), **options)
+            unconditional = _average_velocity(net, params, jnp.full_like(labels, classes), **options)
             scale = jnp.where(labels == classes, 1.0, config.guidance)
             guide = diffusion.meanflow_guide(conditional, unconditional, scale)
         errors = diffusion.meanflow_loss(PATH, conditional, x0, key, draw_times=draw_times, guide=guide)
         return diffusion.adaptive(errors, power=config.power), {"error": errors.mean()}
 
-    return trained(config, network, losses, shape, classes, times=(2,))
+    return trained(config, net, losses, shape, classes, times=(2,))
 
 
-def _network(config: Config, shape: Sequence[int], classes: int) -> nets.UNet:
+def _network(config: Config, shape: Sequence[int], classes: int) -> Network:
     # Training differentiates by time: sinusoids much faster than the flow itself would only make that noisy.
-    return unet(config, shape, classes, time_scale=3.0)
+    return network(config, shape, classes, time_scale=3.0)
 
 
-def _average_velocity(network: nets.UNet, params: Params, labels: Array, **options: Any) -> diffusion.AverageVelocity:
+def _average_velocity(net: Network, params: Params, labels: Array, **options: Any) -> diffusion.AverageVelocity:
     def average(x: Array, t: Array, r: Array) -> Array:
-        u: Array = network.apply(params, x, jnp.stack([t, t - r], axis=1), labels, **options)  # type: ignore[assignment]
+        u: Array = net.apply(params, x, jnp.stack([t, t - r], axis=1), labels, **options)  # type: ignore[assignment]
         return u
 
     return average

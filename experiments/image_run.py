@@ -5,7 +5,7 @@ A recipe is a module with ``Config``, ``method`` and ``Samples``, as `experiment
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import image_diffusion, judge
-from experiments.image_diffusion import Platform, Settings
+from experiments import image_data, image_diffusion, judge
+from experiments.image_diffusion import Platform, Settings, Transformer
 from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run, train
+from jaxgen.typing import Batch
 
 # Where a run's files are and what it runs on do not change what it computes.
 NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps")
@@ -73,35 +74,38 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
     mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp)
     if config.batch_size % mesh.size:
         raise ValueError(f"`batch_size` must divide among {mesh.size} devices, got {config.batch_size}")
-    training = data.load(config.dataset, split="train", data_dir=config.data_dir)
-    shape, classes = training["image"].shape[1:], int(training["label"].max()) + 1
+    training = image_data.opened(config)
+    shape, classes = training.shape, training.classes
     workdir = Path(config.workdir)
     run.claim(workdir, name, _identity(config, shape, classes))
     samples = recipe.Samples(config, shape, classes, mesh)
 
-    def draw(state: Any, count: int, steps: int = config.sample_steps) -> tuple[np.ndarray, np.ndarray]:
-        labels, table = np.arange(count) % classes, samples.table(samples.solver, steps)
-        return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed), labels
+    def draw(state: Any, labels: np.ndarray, steps: int = config.sample_steps) -> np.ndarray:
+        table = samples.table(samples.solver, steps)
+        return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed)
 
     def grid(path: Path, state: Any) -> None:
-        images.save_grid(path, draw(state, 10 * classes)[0], columns=classes)
+        columns = min(classes, 10)
+        labels = np.tile(np.arange(columns) * classes // columns, 10)
+        images.save_grid(path, draw(state, labels), columns=columns)
 
     records = log.Log(workdir / "metrics.jsonl")
-    records.say(f"{name}: {len(training['image'])} images of {'x'.join(map(str, shape))}")
+    records.say(f"{name}: {training.examples} images of {'x'.join(map(str, shape))}")
     ours = recipe.method(config, shape, classes)
     pictures = loop.Every(config.grid_every, lambda step, state: grid(workdir / "samples" / f"{step:07}.png", state))
-    state = _train(config, ours, mesh, training, records, pictures)
+    state = _train(config, ours, mesh, training.batches, records, pictures)
     grid(workdir / "samples.png", state)
     images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", ("loss", "grad_norm"))
-    if config.judged:
+    if training.arrays is not None and config.judged:
         held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
         trained = judge.train_judge(
-            training, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
+            training.arrays, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
         )
         for steps in (config.sample_steps, *config.judged_steps):
             out = workdir if steps == config.sample_steps else workdir / f"{steps}_steps"
             records.say(f"samples of {steps} step(s):")
-            records.say(judge.report(trained, *draw(state, config.judged, steps), training, held_out, out))
+            labels = np.arange(config.judged) % classes
+            records.say(judge.report(trained, draw(state, labels, steps), labels, training.arrays, held_out, out))
     records.say(
         f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
         f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
@@ -112,7 +116,7 @@ def _train(
     config: Settings,
     ours: train.Method,
     mesh: Mesh,
-    training: Mapping[str, np.ndarray],
+    batches: Callable[[int], Batch],
     records: log.Log,
     pictures: loop.Every,
 ) -> Any:
@@ -125,13 +129,7 @@ def _train(
             records.say(f"{config.workdir} holds step {done} of {config.steps}: going on from there")
         return loop.run(
             place.jit(ours, mesh),
-            data.batches(
-                training,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
+            batches,
             key=jax.random.key(config.seed),
             steps=config.steps,
             like=like,
@@ -191,6 +189,7 @@ def smoke(config: AnySettings) -> AnySettings:
         config,
         workdir=config.workdir + "-smoke",
         steps=20, warmup=5, batch_size=16, channels=8, groups=4, blocks=1, microbatches=1,
+        dit=dataclasses.replace(config.dit, features=16, depth=2, heads=2),
         log_every=5, save_every=10, grid_every=10, sample_steps=4, judged=20 if config.judged else 0, judge_steps=20,
     )  # fmt: skip
 
@@ -219,6 +218,12 @@ def _check(config: Settings) -> None:
         checks.positive_integer(field, getattr(config, field))
     for steps in config.judged_steps:
         checks.positive_integer("judged_steps", steps)
+    if config.image_size is not None:
+        checks.positive_integer("image_size", config.image_size)
+        if config.judged:
+            raise ValueError(
+                f"`judged` must be 0 with an `image_size`: the judge needs all images, got {config.judged}"
+            )
     if not 0 <= config.warmup < config.steps:
         raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
     if config.batch_size % config.microbatches:
@@ -229,6 +234,11 @@ def _check(config: Settings) -> None:
 
 def _identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    # Runs from before there was a choice do not have these.
+    if config.network == "unet":
+        del settings["network"], settings["dit"]
+    if config.image_size is None:
+        del settings["image_size"]
     return {**settings, "image_shape": list(shape), "classes": classes}
 
 
@@ -239,6 +249,8 @@ def _recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) ->
         raise ValueError(f"`workdir` {workdir} is a run of {found['experiment']!r}, not of {name!r}")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found["config"].items()}
     try:
+        if "dit" in settings:
+            settings["dit"] = Transformer(**settings["dit"])
         shape: tuple[int, ...] = settings.pop("image_shape")
         classes: int = settings.pop("classes")
         return recipe.Config(workdir=str(workdir), **settings), shape, classes

@@ -1,0 +1,57 @@
+"""The images that an experiment trains on: all of them in memory, or each shrunk and cropped as it is read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.image_diffusion import Settings
+from jaxgen import data
+from jaxgen.typing import Batch
+
+AHEAD = 8  # steps whose images are decoded meanwhile, each by a thread
+
+
+class Images(NamedTuple):
+    """A training set.
+
+    Attributes:
+        batches: step -> this process's rows of the batch, "image" [batch, height, width, channels] in [-1, 1] and
+            "label" [batch].
+        examples: how many there are.
+        shape: of one of them.
+        classes: of the labels, a number.
+        arrays: "image" (uint8) and "label" of all of them, where they are in memory.
+    """
+
+    batches: Callable[[int], Batch]
+    examples: int
+    shape: tuple[int, ...]
+    classes: int
+    arrays: Mapping[str, np.ndarray] | None = None
+
+
+def opened(config: Settings) -> Images:
+    """Opens the settings' training set, and prepares it where that has not been done."""
+    share: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if config.image_size is None:
+        arrays = data.load(config.dataset, split="train", data_dir=config.data_dir)
+        shape, classes = arrays["image"].shape[1:], int(arrays["label"].max()) + 1
+        return Images(data.batches(arrays, **share), len(arrays["image"]), shape, classes, arrays)
+
+    import grain
+
+    size = config.image_size
+    records = data.source(config.dataset, split="train", data_dir=config.data_dir)
+    squares = grain.MapDataset.source(records).map(
+        lambda record: {"image": data.centred_square(record["image"], size), "label": record["label"]}
+    )
+    batches = data.prefetched(data.stream(squares, **share), ahead=AHEAD)
+    channels = records.features["image"][0][-1]
+    return Images(batches, len(records), (size, size, channels), records.classes["label"])
