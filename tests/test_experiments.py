@@ -158,6 +158,7 @@ def test_published_settings_reduced(experiment, images, request, tmp_path):
         assert checkpoints.latest() == 2
 
 
+@pytest.mark.slow
 def test_meanflow_reduced(tmp_path):
     """Few-step samples: trained, judged at one step and two, drawn again from the checkpoint."""
     config = dataclasses.replace(
