@@ -156,7 +156,7 @@ class Draws:
         mesh: Mesh,
     ) -> None:
         """Prepares to draw images of ``shape`` by ``denoiser(params, labels, table, scale of guidance)``."""
-        self.path, self.classes, self._devices = path, classes, mesh.size
+        self.path, self.denoiser, self.classes, self._devices = path, denoiser, classes, mesh.size
 
         def draw(shared: tuple[Params, Table, Array], split: tuple[Key, Array]) -> Array:
             (params, table, scale), (keys, labels) = shared, split

@@ -159,7 +159,7 @@ def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> No
         raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
     for field in ("count", "steps", "columns", "batch_size"):
         checks.positive_integer(field, getattr(options, field))
-    config, shape, classes = _recalled(name, workdir, recipe)
+    config, shape, classes = recalled(name, workdir, recipe)
     if not all(0 <= label < classes for label in options.classes):
         raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
     mesh = place.mesh(place.devices(options.platform))
@@ -242,7 +242,7 @@ def _identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str,
     return {**settings, "image_shape": list(shape), "classes": classes}
 
 
-def _recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) -> tuple[Any, tuple[int, ...], int]:
+def recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) -> tuple[Any, tuple[int, ...], int]:
     """The settings of the run in ``workdir``, the shape of its images and how many classes they have."""
     found = run.read_config(workdir)
     if found["experiment"] != name:

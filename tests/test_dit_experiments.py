@@ -38,7 +38,7 @@ def test_published_settings_reduced(imagenet2012, tmp_path):
     image_run.fit("imagenet_dit", config, image_flow)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
-    recalled, shape, classes = image_run._recalled("imagenet_dit", tmp_path / "run", image_flow)
+    recalled, shape, classes = image_run.recalled("imagenet_dit", tmp_path / "run", image_flow)
     assert (recalled.dit, shape, classes) == (transformer, (32, 32, 3), 1000)
 
 

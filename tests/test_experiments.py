@@ -51,7 +51,7 @@ def records(workdir):
 
 
 def state(workdir):
-    method = image_diffusion.method(*image_run._recalled("digits_diffusion", workdir))
+    method = image_diffusion.method(*image_run.recalled("digits_diffusion", workdir))
     like = place.state_shapes(method, place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.latest(), jax.tree.leaves(checkpoints.restore(like))
@@ -127,7 +127,7 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(diffusion, "sample", counted)
-    config, shape, classes = image_run._recalled("digits_diffusion", trained)
+    config, shape, classes = image_run.recalled("digits_diffusion", trained)
     mesh = place.mesh(jax.devices()[:1])
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     params = image_diffusion.method(config, shape, classes).init(jax.random.key(0)).average
