@@ -42,7 +42,7 @@ def test_the_exact_classifier_at_scale_1_gives_the_exact_conditional(path, class
         )
         t = jnp.asarray(diffusion.time_at_ratio(path, np.geomspace(20.0, 0.02, 6)))
         x = 1.5 * jax.random.normal(KEY, (6, 2), jnp.float64)
-        np.testing.assert_allclose(guided(x, t), wanted(x, t), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(jax.jit(guided)(x, t), jax.jit(wanted)(x, t), rtol=1e-9, atol=1e-9)
         assert float(jnp.abs(everything(x, t) - wanted(x, t)).max()) > 0.1
 
 
@@ -52,7 +52,7 @@ def test_a_classifier_guides_where_alpha_is_0():
     wanted, class_density = mixture(path, [1])
     guided = diffusion.classifier_guidance(everything, path, lambda x, t: class_density(x, t) - density(x, t), 1.0)
     for t in (1.0, jnp.array([1.0, 1.0, 0.7, 0.2])):
-        np.testing.assert_allclose(guided(X, t), wanted(X, t), atol=0.01)
+        np.testing.assert_allclose(jax.jit(guided)(X, t), jax.jit(wanted)(X, t), atol=0.01)
 
 
 def test_classifier_guided_sampling_samples_the_class():

@@ -156,8 +156,8 @@ def test_examples_do_not_see_each_other_and_stop_apart():
         np.testing.assert_allclose(together[i : i + 1], guided(slice(i, i + 1), 1), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(together[2], denoise(x, t)[2], rtol=1e-5)
     np.testing.assert_allclose(guided(slice(None), 50), guided(slice(None), 2), rtol=1e-3, atol=1e-3)
-    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(diffusion.posterior_sampling(
-        denoise, EDM, operator, observation, 0.1, iterations=9)(x, t) ** 2))(x)))  # fmt: skip
+    many = diffusion.posterior_sampling(denoise, EDM, operator, observation, 0.1, iterations=9)
+    assert np.all(np.isfinite(jax.jit(jax.grad(lambda x: jnp.sum(many(x, t) ** 2)))(x)))
 
 
 def test_negative_curvature_stops_the_solver():

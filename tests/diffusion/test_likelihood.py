@@ -49,7 +49,8 @@ def test_a_mixture_in_two_dimensions(path):
         denoise = testing.mixture_denoiser(path, MEANS, MIXTURE_STD, WEIGHTS)
         times = rising_times(path, 400)
         x = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
-        got = diffusion.log_density(KEY, path, denoise, x, times, prior=lambda x: density(x, times[-1]))
+        prior = lambda x: density(x, times[-1])  # noqa: E731
+        got = jax.jit(lambda x: diffusion.log_density(KEY, path, denoise, x, times, prior=prior))(x)
         np.testing.assert_allclose(got, density(x, times[0]), atol=2e-6)
 
 
@@ -121,7 +122,7 @@ def swirl(x):
 
 def test_divergences():
     x = jax.random.normal(KEY, (5, 3))
-    value, exact = diffusion.divergence(KEY, swirl, x)
+    value, exact = jax.jit(lambda x: diffusion.divergence(KEY, swirl, x))(x)
     np.testing.assert_allclose(value, swirl(x), rtol=1e-6)
     jacobians = jax.vmap(jax.jacfwd(lambda x: swirl(x[None])[0]))(x)
     np.testing.assert_allclose(exact, jnp.trace(jacobians, axis1=1, axis2=2), rtol=1e-5, atol=1e-5)
