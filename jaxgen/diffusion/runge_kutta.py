@@ -94,8 +94,7 @@ def edm_stochastic(
     steps = len(times) - 1
     ratio = noise_ratio(path, times[:-1])
     gamma = np.where((ratio >= s_min) & (ratio <= s_max), min(s_churn / steps, np.sqrt(2) - 1), 0.0)
-    raised = np.minimum((1 + gamma) * ratio, noise_ratio(path, np.asarray(path.t_max)))
-    starts = np.where(raised > ratio, time_at_ratio(path, raised), times[:-1])
+    starts = np.where(gamma > 0, time_at_ratio(path, (1 + gamma) * ratio), times[:-1])  # the search ends at t_max
     moved = starts > times[:-1]
     kept = np.divide(path.alpha(starts), path.alpha(times[:-1]), where=moved, out=np.ones(steps))
     added = np.maximum(path.sigma(starts) ** 2 - (kept * path.sigma(times[:-1])) ** 2, 0.0)

@@ -281,6 +281,8 @@ def test_evaluation_counts():
     assert len(diffusion.heun(path, times[:-1]).times) == 34
     assert len(diffusion.dpmpp_2s(path, times).times) == 35
     assert len(diffusion.edm_stochastic(path, times).times) == 36  # one row evaluates nothing
+    flow = PATHS["rectified_flow"]
+    assert len(diffusion.dpmpp_2s(flow, diffusion.uniform_times(flow, 5)).times) == 8  # from alpha = 0 one, to 0 one
     for solver in (diffusion.ddim, diffusion.dpmpp_2m, diffusion.dpmpp_3m_sde, diffusion.deis, diffusion.unipc):
         assert len(solver(path, times).times) == 18
 
