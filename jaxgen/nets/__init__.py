@@ -1,4 +1,6 @@
-"""Networks: Flax linen modules on one loop-safe convolution. They know no loss, no schedule and no mesh.
+"""Networks: Flax linen modules, convolutional on one loop-safe convolution, and a transformer.
+
+They know no loss, no schedule and no mesh.
 
 Each is used as ``params = init(module, key, x, ...)`` and ``module.apply(params, x, ...)``.
 """
