@@ -145,20 +145,22 @@ def test_twenty_steps_of_ddim_draw_the_same_image(config, tmp_path):
     model, params = load_diffusers_unet(tmp_path)
     size = 32 if config is CIFAR10 else 16
     start = np.random.default_rng(1).normal(size=(1, size, size, 3))
-    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=True, timestep_spacing="trailing")
     scheduler.set_timesteps(20)
     x = torch.tensor(start.transpose(0, 3, 1, 2), dtype=torch.float32)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+            x = scheduler.step(network(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
     expected = x.numpy().transpose(0, 2, 3, 1)
 
     path = diffusion.linear_beta()
     denoise = diffusion.denoiser(path, diffusion.noise, lambda x, t: model.apply(params, x, t - 1))
+    clipped = diffusion.clip_data(denoise, -1.0, 1.0)
     table = diffusion.ddim(path, diffusion.uniform_times(path, 20))
-    ours = jax.jit(lambda x: diffusion.sample(jax.random.key(0), denoise, table, x))(jnp.float32(start))
+    ours = jax.jit(lambda x: diffusion.sample(jax.random.key(0), clipped, table, x))(jnp.float32(start))
     print(f"max |difference| {np.abs(ours - expected).max():.2e} of {np.abs(expected).max():.2f}")
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
 
 
 @peer
