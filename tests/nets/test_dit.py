@@ -130,7 +130,8 @@ def by_hand(model, params, x, t, labels):
 def test_agrees_with_numpy_in_float64():
     params, arguments = drawn(SMALL)
     expected = by_hand(SMALL, params, *map(np.asarray, arguments))
-    np.testing.assert_allclose(output(SMALL), expected, atol=1e-4 * np.abs(expected).max())
+    # The tightest that float32 allows: the exact GELU is 5e-5 away, ours 3e-6.
+    np.testing.assert_allclose(output(SMALL), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.filterwarnings("default")  # diffusers' own
