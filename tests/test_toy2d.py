@@ -52,8 +52,8 @@ def test_the_truth_is_a_density_and_the_data_are_drawn_from_it(data):
     drawn = np.asarray(truth.draw(jax.random.key(0), 20_000))
     np.testing.assert_allclose(drawn.mean(axis=0), density @ plane / density.sum(), atol=0.03)
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(plane.T, aweights=density), atol=0.03)
-    entropy = -np.sum(density * truth.log_density(plane)) / density.sum()
-    assert np.mean(truth.log_density(drawn)) == pytest.approx(-entropy, abs=0.03)
+    entropy = float(-np.sum(density * truth.log_density(plane)) / density.sum())
+    assert float(np.mean(truth.log_density(drawn))) == pytest.approx(-entropy, abs=0.03)
 
 
 @pytest.mark.parametrize(
