@@ -21,15 +21,13 @@ from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Params, Table
 
 Platform = Literal["cpu", "gpu", "tpu"]
 Network = nets.UNet | nets.DiT
-SOLVERS = {
-    "ddim": diffusion.ddim,
-    "ddpm": diffusion.ddpm,
-    "euler": diffusion.euler,
-    "heun": diffusion.heun,
-    "dpmpp_2m": diffusion.dpmpp_2m,
-}
+Solver = Literal[
+    "ddim", "ddpm", "euler", "euler_ancestral", "heun", "edm_stochastic",
+    "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "deis", "unipc",
+]  # fmt: skip
+WITH_ETA = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 # Tables are padded to one size, so that no choice of solver, steps, eta or guidance compiles anything anew.
-ROWS, SLOTS = 256, 3
+ROWS, SLOTS = 256, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +215,9 @@ def guided(
 
 def built(path: diffusion.Path, times: np.ndarray, solver: str, eta: float | None) -> Table:
     """The sampler of that name on a grid of times."""
-    if eta is not None and solver != "ddim":
-        raise ValueError(f"`eta` is for the solver ddim, got {eta} and the solver {solver}")
-    return padded(SOLVERS[solver](path, times, **({} if eta is None else {"eta": eta})))
+    if eta is not None and solver not in WITH_ETA:
+        raise ValueError(f"`eta` is for the solvers {', '.join(WITH_ETA)}, got {eta} and the solver {solver}")
+    return padded(getattr(diffusion, solver)(path, times, **({} if eta is None else {"eta": eta})))
 
 
 def padded(table: Table) -> Table:

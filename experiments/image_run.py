@@ -8,14 +8,14 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from experiments import image_data, image_diffusion, judge
-from experiments.image_diffusion import Platform, Settings, Transformer
+from experiments.image_diffusion import Platform, Settings, Solver, Transformer
 from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run, train
 from jaxgen.typing import Batch
 
@@ -34,18 +34,18 @@ class Sample:
     workdir: str
     """Directory of the run."""
     out: str | None = None
-    """File to write: .png for a grid, .npz for arrays "image" (float32 in [-1, 1]) and "label"; by default samples.png
+    """File to write: .png for a grid, .npz for arrays "image" (float32 in [-1, 1]) and "label"; by default drawn.png
     in the run's directory."""
     classes: tuple[int, ...] = ()
     """Classes to draw, in turn; all of them by default."""
     count: int = 100
     """How many images."""
-    solver: Literal["ddim", "ddpm", "euler", "heun", "dpmpp_2m"] = "dpmpp_2m"
+    solver: Solver = "dpmpp_2m"
     """Solver."""
     steps: int = 20
     """Steps of the solver."""
     eta: float | None = None
-    """Share of fresh noise, for ddim only: 0 (the default) to 1."""
+    """Share of fresh noise, for ddim, euler_ancestral and the sde solvers: 0 for none; their own by default."""
     guidance: float | None = None
     """Scale of classifier-free guidance; the run's own by default."""
     seed: int = 0

@@ -49,7 +49,7 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
     Args:
         key: a single key, or [batch] keys, one per example; deterministic tables do not use it.
         denoise: ``(x [batch, ...], t [batch]) -> x0``.
-        table: the sampler, from `ddim`, `ddpm`, `euler`, `heun`, `dpmpp_2m` or hands of your own.
+        table: the sampler: from one of the solvers, or of your own making.
         x: [batch, ...], the state at the table's first time, such as `prior` draws; floating.
         unroll: rows per iteration of the scan, at least 1.
 
