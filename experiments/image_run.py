@@ -159,6 +159,8 @@ def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> No
         raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
     for field in ("count", "steps", "columns", "batch_size"):
         checks.positive_integer(field, getattr(options, field))
+    if options.guidance is not None:
+        checks.finite("guidance", options.guidance)
     config, shape, classes = recalled(name, workdir, recipe)
     if not all(0 <= label < classes for label in options.classes):
         raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
@@ -216,6 +218,9 @@ def _check(config: Settings) -> None:
         "sample_steps",
     ):
         checks.positive_integer(field, getattr(config, field))
+    checks.positive("learning_rate", config.learning_rate)
+    checks.interval("clip", config.clip, 0.0, float("inf"))
+    checks.finite("guidance", config.guidance)
     for steps in config.judged_steps:
         checks.positive_integer("judged_steps", steps)
     if config.image_size is not None:

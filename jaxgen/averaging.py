@@ -120,6 +120,8 @@ def reconstruct(
     Raises:
         ValueError: an argument is out of range, or a snapshot holds another number of averages.
     """
+    if not snapshots:
+        raise ValueError("`snapshots` must hold at least one, got none")
     for number, averages in snapshots:
         if len(averages) != len(sigma_rel):
             raise ValueError(

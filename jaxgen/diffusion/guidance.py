@@ -173,7 +173,12 @@ def clip_data(denoise: Denoiser, low: ArrayLike, high: ArrayLike) -> Denoiser:
         ValueError: ``low`` is known to exceed ``high``.
     """
     _ordered(low, high)
-    return lambda x, t: jnp.clip(denoise(x, t), low, high)
+
+    def clipped(x: Array, t: Array) -> Array:
+        x0 = denoise(x, t)
+        return jnp.clip(x0, low, high).astype(x0.dtype)
+
+    return clipped
 
 
 def dynamic_threshold(denoise: Denoiser, *, quantile: ArrayLike = 0.995) -> Denoiser:

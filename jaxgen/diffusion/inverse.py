@@ -102,7 +102,8 @@ def posterior_sampling(
         operator is seen not to be linear.
 
     Raises:
-        ValueError: ``noise_std`` is known to be negative or not finite, or ``iterations`` is below 1.
+        ValueError: ``noise_std`` is known to be negative or not finite, or does not broadcast to the observation;
+            ``iterations`` is below 1.
 
     >>> from jaxgen import diffusion, testing
     >>> path = diffusion.edm()
@@ -113,6 +114,7 @@ def posterior_sampling(
     """
     checks.finite("noise_std", noise_std)
     checks.interval("noise_std", noise_std, 0.0, float("inf"))
+    _broadcastable("noise_std", noise_std, "observation", jnp.shape(observation))
     checks.positive_integer("iterations", iterations)
 
     def posterior(x: Array, t: Array) -> Array:

@@ -107,7 +107,7 @@ def divergence(
         The value, [batch, ...], and the divergence, [batch], in float32 at least.
 
     Raises:
-        ValueError: the function's value has another shape than ``x``, or ``probes`` is below 1.
+        ValueError: the function's value, or a probe drawn, has another shape than ``x``; ``probes`` is below 1.
         TypeError: ``x`` is not floating, or ``key`` not a typed key.
 
     >>> value, trace = divergence(jax.random.key(0), jnp.square, jnp.array([[1.0, 2.0]]))
@@ -131,6 +131,7 @@ def divergence(
             v = jnp.broadcast_to(jax.nn.one_hot(index, products, dtype=value.dtype).reshape(rest), x.shape)
         else:
             v = random.draw(draw, random.fold(keys, index), rest, value.dtype)
+            checks.same_shape("draw(keys)", v, "x", x)
         terms = (v * pullback(v)[0]).reshape(batch, -1)
         return total + share * jnp.sum(terms, axis=1, dtype=total.dtype), None
 

@@ -60,7 +60,7 @@ def denoising_loss(
         [batch], in float32 at least: means over all other axes.
 
     Raises:
-        ValueError: the network's output has another shape than ``x0``.
+        ValueError: the network's output, or the noise drawn, has another shape than ``x0``; a time drawn is no scalar.
         TypeError: ``x0`` is not floating, or ``key`` not a typed key.
 
     >>> from jaxgen import diffusion
@@ -74,7 +74,9 @@ def denoising_loss(
     draw_time = uniform_time(path) if draw_time is None else draw_time
     keys = random.example_keys(key, x0.shape[0], axis_name=axis_name)
     t = jax.vmap(draw_time)(random.fold(keys, 0)).astype(jnp.promote_types(x0.dtype, jnp.float32))
+    checks.shape("draw_time(keys)", t, (x0.shape[0],))
     eps = random.draw(draw_noise, random.fold(keys, 1), x0.shape[1:], x0.dtype)
+    checks.same_shape("draw_noise(keys)", eps, "x0", x0)
     c = path_coefficients(path, t, x0)
     output = net((c.alpha * x0 + c.sigma * eps).astype(x0.dtype), t)
     checks.same_shape("net(x, t)", output, "x0", x0)

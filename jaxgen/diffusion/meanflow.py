@@ -125,8 +125,9 @@ def meanflow_guide(
         mix: the paper's kappa, in [0, 1).
 
     Raises:
-        ValueError: ``mix`` is out of range.
+        ValueError: ``mix`` is out of range, or a scale that is known is not finite.
     """
+    checks.finite("scale", scale)
     if not 0 <= mix < 1:
         raise ValueError(f"`mix` must lie in [0, 1), got {mix}")
 
@@ -150,7 +151,7 @@ def meanflow_denoiser(path: Path, net: AverageVelocity, times: ArrayLike) -> Den
         A Denoiser: the estimate of x0 at which the line from x_t through x_r ends.
 
     Raises:
-        ValueError: the path is curved in time.
+        ValueError: the path is curved in time, or ``times`` are no grid or known to lie out of it.
 
     >>> from jaxgen import diffusion
     >>> path, times = diffusion.rectified_flow(), [1.0, 0.5, 0.0]
@@ -161,6 +162,9 @@ def meanflow_denoiser(path: Path, net: AverageVelocity, times: ArrayLike) -> Den
     grid = path.t_max * np.array([0.0, 0.5, 1.0])
     if any(abs(np.diff(f(grid), 2)[0]) > 1e-6 * path.t_max for f in (path.alpha, path.sigma)):
         raise ValueError("`path` must have alpha and sigma straight in time, as rectified_flow() and edm() have")
+    if np.ndim(times) != 1:
+        raise ValueError(f"`times` must be a grid of times, got shape {list(np.shape(times))}")
+    checks.interval("times", times, 0.0, path.t_max)
 
     def told(x: Array, t: Array) -> Array:
         later = jnp.asarray(times, t.dtype)

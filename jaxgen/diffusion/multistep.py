@@ -101,7 +101,10 @@ def dpmpp_3m_sde(path: Path, times: ArrayLike, *, eta: float = 1.0) -> Table:
 
 
 def deis(path: Path, times: ArrayLike, *, order: int = 3) -> Table:
-    """DEIS on the logarithm of sigma / alpha, Eqs. 2 and 3 (Zhang & Chen 2022, arXiv:2204.13902, "rho AB").
+    """DEIS in the logarithm of sigma / alpha, Eqs. 2 and 3 (Zhang & Chen 2022, arXiv:2204.13902).
+
+    Its polynomials are in log rho, as diffusers has them ("logrho"); those of the paper's tAB and rhoAB are in t and in
+    rho = sigma / alpha.
 
     Of order ``order`` after its start: the first steps are of lower order, a last step to time 0 of the first.
 

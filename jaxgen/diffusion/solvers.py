@@ -117,7 +117,9 @@ def ddim_inversion(path: Path, times: ArrayLike) -> Table:
     """DDIM backwards, from data to noise, Eq. 4 (Mokady et al. 2022, arXiv:2211.09794). First order.
 
     It takes the grid that `ddim` takes and walks it from its last time to its first, so that the one undoes the other
-    to first order in the step, and exactly where the predicted noise does not change along the way.
+    to first order in the step, and exactly where the predicted noise does not change along the way. At a first time
+    where alpha is 0 an estimate of the data says nothing of the noise, and Eq. 4 leaves the state as it is: begin the
+    grid just below.
 
     Args:
         path: the Gaussian path.

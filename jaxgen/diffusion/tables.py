@@ -27,7 +27,7 @@ def pad(table: Table, *, rows: int | None = None, slots: int | None = None) -> T
         The padded Table, in NumPy float64.
 
     Raises:
-        ValueError: the table is larger already.
+        ValueError: the table is larger already, or its weights are not [rows, slots, slots + 2].
 
     >>> from jaxgen import diffusion
     >>> table = diffusion.ddim(diffusion.edm(), [80.0, 1.0, 0.0])
@@ -35,6 +35,7 @@ def pad(table: Table, *, rows: int | None = None, slots: int | None = None) -> T
     (32, 3, 5)
     """
     times, weights = np.asarray(table.times, np.float64), np.asarray(table.weights, np.float64)
+    checks.shape("table.weights", weights, (times.size, None, weights.shape[1] + 2 if weights.ndim == 3 else None))
     old_rows, old_slots = weights.shape[:2]
     rows = old_rows if rows is None else rows
     slots = old_slots if slots is None else slots
@@ -67,6 +68,43 @@ def stack(tables: Sequence[Table]) -> Table:
     rows, slots = (int(n) for n in shapes.max(axis=0))
     padded = [pad(table, rows=rows, slots=slots) for table in tables]
     return Table(np.stack([t.times for t in padded]), np.stack([t.weights for t in padded]))
+
+
+def check_made_for(path: Path, table: Table) -> None:
+    """Raises ValueError unless the table is a solver's for this path.
+
+    Every solver keeps data of 1 without noise at alpha(t) where the denoiser answers 1, and pure noise at standard
+    deviation sigma(t) where it answers 0, whatever its order. (Deterministic solvers on `edm` and on `rectified_flow` are
+    the same numbers: sigma = t, and both flows read dx/dt = (x - d) / t. There the times' range alone tells.)
+
+    Args:
+        path: the path that is meant.
+        table: the table, with values that are known; one whose times rise, an inversion, is checked for their range.
+
+    Raises:
+        ValueError: a time is beyond the path's, or the rows are for another alpha or sigma.
+    """
+    times, weights = np.asarray(table.times, np.float64), np.asarray(table.weights, np.float64)
+    slots = weights.shape[1]
+    evaluates = np.any(weights[:, :, slots] != 0, axis=1)
+    times, weights = times[evaluates], weights[evaluates]
+    checks.interval("table.times", times, 0.0, path.t_max)
+    if len(times) > 1 and np.all(np.diff(times) > 0):
+        return
+    signal, noise = np.zeros(slots), np.zeros((slots, slots))
+    for i, (time, row) in enumerate(zip(times, weights, strict=True)):
+        alpha, sigma = path.alpha(time), path.sigma(time)
+        if i == 0:
+            signal[0], noise[0, 0] = alpha, sigma**2
+        std = np.sqrt(max(noise[0, 0], 0.0))
+        # Room for float32, and for noise that a stochastic solver inflates on purpose.
+        if not (abs(signal[0] - alpha) <= 0.005 and abs(std - sigma) <= 0.02 * sigma):
+            raise ValueError(
+                f"`table` must be made for this path, of alpha {alpha:.4g} and sigma {sigma:.4g} at time {time:g}, "
+                f"got rows for {signal[0]:.4g} and {std:.4g}"
+            )
+        signal = row @ np.array([*signal, 1.0, 0.0])
+        noise = row[:, :slots] @ noise @ row[:, :slots].T + np.outer(row[:, -1], row[:, -1])
 
 
 def grid(path: Path, times: ArrayLike) -> np.ndarray:

@@ -289,16 +289,21 @@ def _ratio_uniform(path, steps, t_min, t_max, forward, backward) -> np.ndarray: 
     return np.append(times, 0.0)
 
 
-def time_at_ratio(path: Path, ratio: np.ndarray) -> np.ndarray:
+def time_at_ratio(path: Path, ratio: ArrayLike) -> np.ndarray:
     """Inverts the path's sigma / alpha, which rises with time, by bisection to float64's last digits.
 
     Args:
         path: the Gaussian path.
-        ratio: any shape, within the ratios of [0, path.t_max].
+        ratio: any shape, at least 0.
 
     Returns:
-        The times, of the shape of ``ratio``.
+        The times, of the shape of ``ratio``; ``path.t_max`` where the path does not reach it.
+
+    >>> from jaxgen import diffusion
+    >>> diffusion.time_at_ratio(diffusion.rectified_flow(), [1, 3])
+    array([0.5 , 0.75])
     """
+    ratio = np.asarray(ratio, np.float64)
     low, high = np.zeros_like(ratio), np.full_like(ratio, path.t_max)
     for _ in range(200):
         middle = 0.5 * (low + high)
