@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxgen import checks, random
 from jaxgen.diffusion.path import Path
+from jaxgen.diffusion.tables import check_made_for
 from jaxgen.typing import Array, Denoiser, Key, Table
 
 
@@ -43,7 +44,7 @@ def prior(key: Key, path: Path, time: float | Array, shape: Sequence[int], *, dt
     return (path.sigma(jnp.asarray(time, jnp.promote_types(dtype, jnp.float32))) * eps).astype(dtype)
 
 
-def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int = 1) -> Array:
+def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, path: Path | None = None, unroll: int = 1) -> Array:
     """Runs a sampler from the state ``x``.
 
     Args:
@@ -51,6 +52,8 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
         denoise: ``(x [batch, ...], t [batch]) -> x0``.
         table: the sampler: from one of the solvers, or of your own making.
         x: [batch, ...], the state at the table's first time, such as `prior` draws; floating.
+        path: the denoiser's path, to have a table that is known (not traced) checked against it: a solver's table for
+            another one is refused.
         unroll: rows per iteration of the scan, at least 1.
 
     Returns:
@@ -58,7 +61,8 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
         the denoiser treats examples apart.
 
     Raises:
-        ValueError: the table's shapes, or that of the denoiser's output, do not fit.
+        ValueError: the table's shapes, or that of the denoiser's output, do not fit, or it is known to be for another
+            path.
         TypeError: ``x`` is not floating, or ``key`` not a typed key.
 
     >>> from jaxgen import diffusion
@@ -68,10 +72,12 @@ def sample(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int =
     >>> diffusion.sample(jax.random.key(0), lambda x, t: jnp.zeros_like(x), table, x).shape  # all data at 0
     (4, 2)
     """
-    return _scan(key, denoise, table, x, unroll, emit=lambda state: None)[0]
+    return _scan(key, denoise, table, x, path, unroll, emit=lambda state: None)[0]
 
 
-def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: int = 1) -> Array:
+def trajectory(
+    key: Key, denoise: Denoiser, table: Table, x: Array, *, path: Path | None = None, unroll: int = 1
+) -> Array:
     """Runs a sampler as `sample` does and keeps every state.
 
     Args:
@@ -79,6 +85,7 @@ def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: i
         denoise: as in `sample`.
         table: as in `sample`.
         x: as in `sample`.
+        path: as in `sample`.
         unroll: as in `sample`.
 
     Returns:
@@ -89,12 +96,19 @@ def trajectory(key: Key, denoise: Denoiser, table: Table, x: Array, *, unroll: i
         ValueError: as in `sample`.
         TypeError: as in `sample`.
     """
-    _, states = _scan(key, denoise, table, x, unroll, emit=lambda state: state)
+    _, states = _scan(key, denoise, table, x, path, unroll, emit=lambda state: state)
     return jnp.concatenate([x[None], states])
 
 
 def _scan(
-    key: Key, denoise: Denoiser, table: Table, x: Array, unroll: int, *, emit: Callable[[Array], Any]
+    key: Key,
+    denoise: Denoiser,
+    table: Table,
+    x: Array,
+    path: Path | None,
+    unroll: int,
+    *,
+    emit: Callable[[Array], Any],
 ) -> tuple[Array, Any]:
     """The state after the last row, and what ``emit`` makes of the state after each row, stacked."""
     checks.floating("x", x)
@@ -107,6 +121,8 @@ def _scan(
     slots = weights.shape[1] if weights.ndim == 3 else 0
     checks.shape("table.times", times, (None,))
     checks.shape("table.weights", weights, (times.shape[0], slots, slots + 2))
+    if path is not None and not any(isinstance(leaf, jax.core.Tracer) for leaf in table):
+        check_made_for(path, table)
 
     def evaluate(state: Array, time: Array) -> Array:
         x0 = denoise(state, jnp.full((batch,), time))

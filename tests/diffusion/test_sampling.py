@@ -175,3 +175,22 @@ TABLE = diffusion.ddim(PATH, [1.0, 0.0])
 def test_bad_input_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("own", PATHS)
+@pytest.mark.parametrize("solver", oracle.EVERY)
+def test_a_table_for_another_path_is_refused(solver, own):
+    table = oracle.EVERY[solver](PATHS[own], diffusion.uniform_times(PATHS[own], 10))
+    table = diffusion.pad(table, rows=30, slots=6)
+    for name, path in PATHS.items():
+
+        def run(path=path):
+            return jax.eval_shape(lambda x: diffusion.sample(KEY, EXACT, table, x, path=path), jnp.zeros((1, 3)))
+
+        if name == own:
+            run()
+        elif (own, name) == ("rectified_flow", "edm") and solver in oracle.ORDERS:
+            run()  # one sigma, one flow: the same numbers
+        else:
+            with pytest.raises(ValueError, match=r"`table` must be made for this path|`table.times` must lie in"):
+                run()
