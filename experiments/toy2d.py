@@ -171,7 +171,7 @@ def run(config: Config) -> None:
 
     table = SOLVERS[config.solver](path, diffusion.uniform_times(path, config.sample_steps))
     start = diffusion.prior(start_key, path, path.t_max, data.shape)
-    ways = np.asarray(jax.jit(lambda x: diffusion.trajectory(start_key, denoise, table, x))(start))
+    ways = np.asarray(jax.jit(lambda x: diffusion.trajectory(start_key, denoise, table, x, path=path))(start))
 
     # The model's density, by following its probability flow from each point to noise; the exact one uses no key.
     times = diffusion.log_snr_times(path, 32, t_max=0.995 * path.t_max)[-2::-1]
