@@ -74,8 +74,8 @@ def check_made_for(path: Path, table: Table) -> None:
     """Raises ValueError unless the table is a solver's for this path.
 
     Every solver keeps data of 1 without noise at alpha(t) where the denoiser answers 1, and pure noise at standard
-    deviation sigma(t) where it answers 0, whatever its order. (Deterministic solvers on `edm` and `rectified_flow` are the
-    same numbers: sigma = t, and both flows read dx/dt = (x - d) / t. There the times' range alone tells.)
+    deviation sigma(t) where it answers 0, whatever its order. (Deterministic solvers on `edm` and `rectified_flow` are
+    the same numbers: sigma = t, and both flows read dx/dt = (x - d) / t. There the times' range alone tells.)
 
     Args:
         path: the path that is meant.
