@@ -1,4 +1,4 @@
-"""A class-conditional diffusion model of CIFAR-10 at the published scale of DDPM++ and EDM, for a TPU slice.
+"""A class-conditional diffusion model of CIFAR-10 at the published scale of DDPM++ and EDM, for a TPU host.
 
     python -m experiments.cifar10_diffusion
 

@@ -71,6 +71,8 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
         OSError: the directory cannot be written.
     """
     _check(config)
+    if jax.process_count() > 1:
+        raise ValueError(f"image experiments run on the devices of one host, got {jax.process_count()} processes")
     mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp)
     if config.batch_size % mesh.size:
         raise ValueError(f"`batch_size` must divide among {mesh.size} devices, got {config.batch_size}")

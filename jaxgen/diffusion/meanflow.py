@@ -110,7 +110,7 @@ def meanflow_times(draw_time: TimeDraw | None = None, *, distinct: float = 0.25)
 def meanflow_guide(
     conditional: AverageVelocity, unconditional: AverageVelocity, scale: ArrayLike, *, mix: float = 0.0
 ) -> Guide:
-    """Classifier-free guidance for the `meanflow_loss` of the conditional network (the paper's Eqs. 18 and 20).
+    """Classifier-free guidance for the `meanflow_loss` of the conditional network (the paper's section 4.2).
 
         (1 - mix) (scale v + (1 - scale) u_unconditional(x, t, t)) + mix u_conditional(x, t, t)                  (3)
 

@@ -53,7 +53,7 @@ def unipc(
     Raises:
         ValueError: the times are not decreasing or out of range, or ``order`` is none of the three.
     """
-    if order not in (1, 2, 3):
+    if isinstance(order, bool) or order not in (1, 2, 3):
         raise ValueError(f"`order` must be 1, 2 or 3, got {order!r}")
     times = grid(path, times)
     alpha, sigma, lam = path.alpha(times), path.sigma(times), half_log_snr(path, times)

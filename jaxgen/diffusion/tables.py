@@ -5,6 +5,7 @@ What a table holds is said where the type is (`Table`); the solvers that build t
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jaxgen import checks
@@ -118,8 +119,10 @@ def grid(path: Path, times: ArrayLike) -> np.ndarray:
         The times as a NumPy array.
 
     Raises:
-        ValueError: the times are not decreasing or out of range.
+        ValueError: the times are not decreasing, out of range or traced.
     """
+    if isinstance(times, jax.core.Tracer):
+        raise ValueError("`times` must be known when a table is built, got a traced array")
     times = np.asarray(times, np.float64)
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"`times` must be a grid of at least 2 times, got shape {list(times.shape)}")

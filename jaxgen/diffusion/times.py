@@ -103,7 +103,7 @@ def leading_times(path: Path, steps: int, *, offset: int = 0) -> np.ndarray:
     """
     total = _step_count(path, steps)
     times = np.arange(steps)[::-1] * (total // steps) + 1.0 + offset
-    if offset != int(offset) or offset < 0 or times[0] > total:
+    if offset % 1 != 0 or offset < 0 or times[0] > total:
         raise ValueError(f"`offset` must be a whole number that keeps times in [1, {total}], got {offset}")
     return np.append(times, 0.0)
 

@@ -321,3 +321,11 @@ def test_bad_times_are_refused(solver, times, message):
 def test_bad_options_are_refused(solver, options, message):
     with pytest.raises(ValueError, match=message):
         getattr(diffusion, solver)(diffusion.edm(), [1.0, 0.0], **options)
+
+
+@pytest.mark.parametrize(
+    "solver", [diffusion.ddim, diffusion.heun, diffusion.dpmpp_2m, diffusion.unipc, diffusion.deis]
+)
+def test_traced_times_are_refused(solver):
+    with pytest.raises(ValueError, match="`times` must be known when a table is built"):
+        jax.jit(lambda times: solver(diffusion.edm(), times))(jnp.array([1.0, 0.5, 0.0]))

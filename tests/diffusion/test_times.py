@@ -103,6 +103,7 @@ BETA, FLOW, EDM = PATHS["linear_beta"], PATHS["rectified_flow"], PATHS["edm"]
         (lambda: diffusion.leading_times(BETA, 1000, offset=1), "`offset` must be a whole number that keeps"),
         (lambda: diffusion.leading_times(BETA, 10, offset=-1), "`offset` must be a whole number that keeps"),
         (lambda: diffusion.leading_times(BETA, 10, offset=0.5), "`offset` must be a whole number that keeps"),
+        (lambda: diffusion.leading_times(BETA, 10, offset=np.nan), "`offset` must be a whole number that keeps"),
         (lambda: diffusion.karras_times(EDM, 5, rho=0.0), "`rho` must be above 0"),
         (lambda: diffusion.karras_times(EDM, 5, t_min=2.0, t_max=1.0), "times must satisfy 0 < t_min < t_max <= 80, got 2.0 and 1.0"),
         (lambda: diffusion.exponential_times(EDM, 5, t_max=81.0), "times must satisfy"),
