@@ -20,16 +20,15 @@ holds solver.png and table.npz, which samples with any code of one's own:
 
     table = diffusion.Table(**np.load("runs/learned_solver/table.npz"))
 
-Two CPU cores: 2.9 minutes of processor time (11 by the clock on cores that many other programs kept busy; not yet timed
-on idle ones). Seed 0, digits of 3,000 steps, root mean squared distance per pixel from 200 steps of DPM-Solver++(2M),
-mean and standard error over 128 new starts each of the classes learned from and of the two held out:
+Two CPU cores: 2 minutes. Seed 0, digits of 3,000 steps, root mean squared distance per pixel from 200 steps of
+DPM-Solver++(2M), mean and standard error over 128 new starts each of the classes learned from and of the two held out:
 
     ddim, log-SNR grid              6 evaluations    0.1285 ± 0.0044    0.1352 ± 0.0045
     heun, Karras's grid             7                0.7289 ± 0.0070    0.7295 ± 0.0062
     dpmpp_2m, Karras's grid         6                0.0796 ± 0.0034    0.0877 ± 0.0033
     dpmpp_2m, log-SNR grid          6                0.0635 ± 0.0034    0.0738 ± 0.0042
     unipc, log-SNR grid             6                0.0615 ± 0.0032    0.0729 ± 0.0040
-    learned                         6                0.0179 ± 0.0012    0.0223 ± 0.0018
+    learned                         6                0.0181 ± 0.0012    0.0214 ± 0.0016
 """
 
 import dataclasses
