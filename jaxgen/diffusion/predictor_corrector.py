@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxgen.diffusion.exponential import exponential_weights, half_log_snr, known_nodes
 from jaxgen.diffusion.path import Path
-from jaxgen.diffusion.tables import grid, with_history
+from jaxgen.diffusion.tables import check_order, grid, with_history
 from jaxgen.typing import ArrayLike, Table
 
 
@@ -53,8 +53,7 @@ def unipc(
     Raises:
         ValueError: the times are not decreasing or out of range, or ``order`` is none of the three.
     """
-    if isinstance(order, bool) or order not in (1, 2, 3):
-        raise ValueError(f"`order` must be 1, 2 or 3, got {order!r}")
+    check_order(order)
     times = grid(path, times)
     alpha, sigma, lam = path.alpha(times), path.sigma(times), half_log_snr(path, times)
     # Slots: the predicted state, the corrected state before, past outputs of the denoiser, the latest first.

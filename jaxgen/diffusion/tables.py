@@ -132,6 +132,12 @@ def grid(path: Path, times: ArrayLike) -> np.ndarray:
     return times
 
 
+def check_order(order: int) -> None:
+    """Raises ValueError unless ``order`` is one that multi-step solvers have: 1, 2 or 3."""
+    if isinstance(order, bool) or order not in (1, 2, 3):
+        raise ValueError(f"`order` must be 1, 2 or 3, got {order!r}")
+
+
 def with_history(heads: Sequence[np.ndarray], slots: int, *, remembered: np.ndarray | None = None) -> np.ndarray:
     """The weights of one row whose slots after the first few are a queue of what past rows remembered.
 

@@ -82,7 +82,7 @@ def r2(critic: Critic, x: Array) -> Array:
         ValueError: the critic's value is not [batch].
         TypeError: ``x`` is not floating.
     """
-    return penalised(critic, x)[1]
+    return r1(critic, x)
 
 
 def gradient_penalty(critic: Critic, real: Array, fake: Array, key: Key) -> Array:
