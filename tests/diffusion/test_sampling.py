@@ -54,9 +54,13 @@ def test_an_example_depends_on_its_key_and_index_alone():
         static_argnums=1,
     )
     eight = run(KEY, 8)
-    np.testing.assert_array_equal(eight[:3], run(KEY, 3))
-    last = run(random.example_keys(KEY, 3, start=5), 3)
-    np.testing.assert_array_equal(eight[5:], last)
+    # Programs of other shapes may round otherwise in the last bit: XLA vectorises each in its own way.
+    np.testing.assert_allclose(eight[:3], run(KEY, 3), rtol=1e-6)
+    np.testing.assert_allclose(eight[5:], run(random.example_keys(KEY, 3, start=5), 3), rtol=1e-6)
+    # In one program it is exact: other neighbours and another place in the batch change nothing.
+    keys, others = random.example_keys(KEY, 8), random.example_keys(jax.random.key(9), 8)
+    mixed = run(jnp.concatenate([others[:3], keys[:5]]), 8)
+    np.testing.assert_array_equal(mixed[3:], run(keys, 8)[:5])
     assert not np.allclose(eight, run(jax.random.key(8), 8))
 
 
