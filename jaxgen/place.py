@@ -137,7 +137,8 @@ def pmap(method: Method, *, axis_name: str = "data", devices: Sequence[jax.Devic
     """The same method under ``jax.pmap``: a copy of the state on each device, a share of the batch to each.
 
     Args:
-        method: built with this ``axis_name`` (``minimise(..., axis_name=...)``), so that it averages over the devices.
+        method: built with this ``axis_name`` (as `train.minimise` and `train.alternate` take it), so that it averages
+            over the devices.
         axis_name: the mapped axis.
         devices: all of JAX's local ones by default.
 
@@ -210,5 +211,5 @@ def _check_uses_axis(method: Method, arguments: tuple[Any, Batch], key: Key, axi
         return
     raise ValueError(
         f"`method` does not average over the axis {axis_name!r}: its copies would drift apart. "
-        f"Build it with minimise(..., axis_name={axis_name!r})"
+        f"Build it with `axis_name={axis_name!r}`"
     )

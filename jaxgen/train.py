@@ -53,6 +53,58 @@ class Minimising(NamedTuple):
     average: Any
 
 
+PlayerLoss = Callable[[Params, Params, Batch, Key, Any], tuple[Array, Metrics]]
+"""``(params, opponent's params, batch, key, carried) -> (scalar, metrics)``; differentiated by argument 0."""
+
+
+class Player(NamedTuple):
+    """One side of a game, as `alternate` takes it.
+
+    Attributes:
+        loss: ``(params, opponent's params, batch, key, carried) -> (scalar, metrics)``, which the player descends by its
+            own parameters alone; ``carried`` is what the `Feedback` carries, or ().
+        optimiser: any optax gradient transformation.
+        init: ``key -> params``.
+    """
+
+    loss: PlayerLoss
+    optimiser: optax.GradientTransformation
+    init: Callable[[Key], Params]
+
+
+class Feedback(NamedTuple):
+    """What losses are told besides the batch: a state that follows from the metrics and from the number of steps.
+
+    The probability of an adaptive augmentation is one, and so is a weight by schedule.
+
+    Attributes:
+        init: nothing -> carried, any tree of arrays: what the first step's losses see.
+        update: (carried, metrics, step) -> carried, after the step numbered ``step``, counted from 1.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Metrics, Array], Any]
+
+
+class Alternating(NamedTuple):
+    """The state of `alternate`.
+
+    Attributes:
+        step: int32 scalar, the number of steps taken.
+        discriminator: the discriminator's parameters and its optimiser's state.
+        generator: the generator's.
+        average: what the ``average`` given to `alternate` keeps of the generator: for `ema` a tree like its parameters;
+            else ().
+        carried: what the ``feedback`` carries; else ().
+    """
+
+    step: Array
+    discriminator: Learner
+    generator: Learner
+    average: Any
+    carried: Any
+
+
 class Average(NamedTuple):
     """A running average of parameters.
 
@@ -132,42 +184,152 @@ def minimise(
             average=() if average is None else average.init(params),
         )
 
-    def gradients(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return grads, {**metrics, "loss": value}
-
-    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        parts = jax.tree.map(lambda leaf: _interleaved(leaf, microbatches), batch)
-        keys = jax.vmap(lambda m: jax.random.fold_in(key, m))(jnp.arange(microbatches))
-        total = jax.eval_shape(gradients, params, jax.tree.map(lambda leaf: leaf[0], parts), key)
-
-        def add(total: Any, part: tuple[Batch, Key]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, *part)), None
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), total)
-        total, _ = jax.lax.scan(add, zeros, (parts, keys))
-        return jax.tree.map(lambda leaf: leaf / microbatches, total)
-
     def step(state: Minimising, batch: Batch, key: Key) -> tuple[Minimising, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        params, opt_state = state.learner
-        grads, metrics = (gradients if microbatches == 1 else accumulated)(params, batch, key)
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
-        updates, opt_state = optimiser.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        learner, metrics = _descend(loss, optimiser, state.learner, batch, key, microbatches, axis_name)
         count = state.step + 1
-        averaged = state.average if average is None else average.update(state.average, params, count)
-        return Minimising(count, Learner(params, opt_state), averaged), metrics
+        averaged = state.average if average is None else average.update(state.average, learner.params, count)
+        return Minimising(count, learner, averaged), metrics
 
     return Method(initial, step)
 
 
-def _interleaved(leaf: Array, parts: int) -> Array:
+def alternate(
+    discriminator: Player,
+    generator: Player,
+    *,
+    discriminator_steps: int = 1,
+    average: Average | None = None,
+    feedback: Feedback | None = None,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Method:
+    """Two players in turn: so many updates of the discriminator, then one of the generator against it.
+
+    Goodfellow et al. 2014 (arXiv:1406.2661, Algorithm 1), as one step of one program.
+
+    Args:
+        discriminator: the player that is updated first; its opponent's parameters are the generator's.
+        generator: the player that is updated last; its opponent's parameters are the updated discriminator's.
+        discriminator_steps: k, the discriminator's updates in a step. The batch is split among them: update i takes
+            rows i, i + k, ... and the generator the rows of the last, so that all updates see batch / k rows.
+        average: a running average of the generator's parameters to keep beside them, such as `ema(0.999)`.
+        feedback: what both losses are told besides, and how it follows from a step's metrics.
+        microbatches: splits the rows of each update into so many parts and averages their gradients, as in `minimise`.
+        axis_name: the mapped axis over which to average gradients and metrics, for `place.pmap` or ``shard_map``. Under
+            ``jit`` on a mesh nothing is needed.
+
+    Returns:
+        A Method of state `Alternating`. Its metrics are both losses' own, "loss" and "grad_norm", with "discriminator_"
+        (the mean over its updates) and "generator_" before their names.
+
+    Raises:
+        ValueError: ``discriminator_steps`` or ``microbatches`` is not a positive integer, or (while tracing) does not
+            divide the batch.
+
+    >>> critic = Player(lambda slope, at, *_: (slope**2 - slope * at, {}), optax.sgd(0.5), lambda key: jnp.zeros(()))
+    >>> mover = Player(lambda at, slope, *_: (slope * at, {}), optax.sgd(0.5), lambda key: jnp.ones(()))
+    >>> method = alternate(critic, mover)
+    >>> state, metrics = method.step(method.init(jax.random.key(0)), jnp.zeros(1), jax.random.key(0))
+    >>> state.discriminator.params, state.generator.params
+    (Array(0.5, dtype=float32), Array(0.75, dtype=float32))
+    """
+    checks.positive_integer("discriminator_steps", discriminator_steps)
+    checks.positive_integer("microbatches", microbatches)
+
+    def initial(key: Key) -> Alternating:
+        params = [
+            player.init(key) for player, key in zip((discriminator, generator), jax.random.split(key), strict=True)
+        ]
+        return Alternating(
+            step=jnp.zeros((), jnp.int32),
+            discriminator=Learner(params[0], discriminator.optimiser.init(params[0])),
+            generator=Learner(params[1], generator.optimiser.init(params[1])),
+            average=() if average is None else average.init(params[1]),
+            carried=() if feedback is None else feedback.init(),
+        )
+
+    def update(
+        player: Player, learner: Learner, opponent: Learner, carried: Any, batch: Batch, key: Key
+    ) -> tuple[Learner, Metrics]:
+        def loss(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
+            return player.loss(params, opponent.params, batch, key, carried)
+
+        return _descend(loss, player.optimiser, learner, batch, key, microbatches, axis_name)
+
+    def step(state: Alternating, batch: Batch, key: Key) -> tuple[Alternating, Metrics]:
+        discriminator_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
+        parts, keys = _parts("discriminator_steps", discriminator_steps, batch, discriminator_key)
+        critic, critic_metrics = jax.lax.scan(
+            lambda critic, part: update(discriminator, critic, state.generator, state.carried, *part),
+            state.discriminator,
+            (parts, keys),
+        )
+        last = jax.tree.map(lambda leaf: leaf[-1], parts)
+        maker, maker_metrics = update(generator, state.generator, critic, state.carried, last, generator_key)
+        metrics = {f"discriminator_{name}": value.mean(0) for name, value in critic_metrics.items()}
+        metrics |= {f"generator_{name}": value for name, value in maker_metrics.items()}
+        count = state.step + 1
+        return Alternating(
+            count,
+            critic,
+            maker,
+            state.average if average is None else average.update(state.average, maker.params, count),
+            state.carried if feedback is None else feedback.update(state.carried, metrics, count),
+        ), metrics
+
+    return Method(initial, step)
+
+
+def _descend(
+    loss: Loss,
+    optimiser: optax.GradientTransformation,
+    learner: Learner,
+    batch: Batch,
+    key: Key,
+    microbatches: int,
+    axis_name: str | None,
+) -> tuple[Learner, Metrics]:
+    """One update of one player."""
+    params, opt_state = learner
+
+    def gradients(batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        return grads, {**metrics, "loss": value}
+
+    if microbatches == 1:
+        grads, metrics = gradients(batch, key)
+    else:
+        grads, metrics = _accumulated(gradients, *_parts("microbatches", microbatches, batch, key))
+    if axis_name is not None:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+    updates, opt_state = optimiser.update(grads, opt_state, params)
+    return Learner(optax.apply_updates(params, updates), opt_state), metrics
+
+
+def _accumulated(gradients: Callable[[Batch, Key], Any], parts: Batch, keys: Key) -> Any:
+    """The mean of ``gradients`` over the parts, one after the other."""
+    total = jax.eval_shape(gradients, jax.tree.map(lambda leaf: leaf[0], parts), keys[0])
+
+    def add(total: Any, part: tuple[Batch, Key]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(*part)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), total)
+    total, _ = jax.lax.scan(add, zeros, (parts, keys))
+    return jax.tree.map(lambda leaf: leaf / len(keys), total)
+
+
+def _parts(name: str, parts: int, batch: Batch, key: Key) -> tuple[Batch, Key]:
+    """The batch in so many parts, [parts, batch / parts, ...], and a key for each."""
+    keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(parts))
+    return jax.tree.map(lambda leaf: _interleaved(name, leaf, parts), batch), keys
+
+
+def _interleaved(name: str, leaf: Array, parts: int) -> Array:
     # Row r goes to part r % parts: a batch that is split over devices by blocks of rows gives each device its share of
     # each part.
     rows = leaf.shape[0]
     if rows % parts:
-        raise ValueError(f"`microbatches` must divide the batch, got a batch of {rows} and {parts} microbatches")
+        raise ValueError(f"`{name}` must divide the batch, got a batch of {rows} and {name} of {parts}")
     return jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1)

@@ -108,7 +108,7 @@ def test_every_step_draws_anew_and_a_run_repeats():
         ),
         (
             lambda: run(train.minimise(least_squares, optax.sgd(1), start, microbatches=5), 1),
-            "`microbatches` must divide the batch, got a batch of 12 and 5 microbatches",
+            "`microbatches` must divide the batch, got a batch of 12 and microbatches of 5",
         ),
     ],
 )
