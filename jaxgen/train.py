@@ -61,8 +61,8 @@ class Player(NamedTuple):
     """One side of a game, as `alternate` takes it.
 
     Attributes:
-        loss: ``(params, opponent's params, batch, key, carried) -> (scalar, metrics)``, which the player descends by its
-            own parameters alone; ``carried`` is what the `Feedback` carries, or ().
+        loss: ``(params, opponent's params, batch, key, carried) -> (scalar, metrics)``, which the player descends by
+            its own parameters alone; ``carried`` is what the `Feedback` carries, or ().
         optimiser: any optax gradient transformation.
         init: ``key -> params``.
     """
@@ -238,14 +238,13 @@ def alternate(
     checks.positive_integer("microbatches", microbatches)
 
     def initial(key: Key) -> Alternating:
-        params = [
-            player.init(key) for player, key in zip((discriminator, generator), jax.random.split(key), strict=True)
-        ]
+        discriminator_key, generator_key = jax.random.split(key)
+        critic, maker = discriminator.init(discriminator_key), generator.init(generator_key)
         return Alternating(
             step=jnp.zeros((), jnp.int32),
-            discriminator=Learner(params[0], discriminator.optimiser.init(params[0])),
-            generator=Learner(params[1], generator.optimiser.init(params[1])),
-            average=() if average is None else average.init(params[1]),
+            discriminator=Learner(critic, discriminator.optimiser.init(critic)),
+            generator=Learner(maker, generator.optimiser.init(maker)),
+            average=() if average is None else average.init(maker),
             carried=() if feedback is None else feedback.init(),
         )
 

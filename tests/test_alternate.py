@@ -77,7 +77,6 @@ def test_microbatches_take_the_step_of_the_whole(k):
     split, split_metrics = run(train.alternate(player, player, discriminator_steps=k, microbatches=2), 3)
     np.testing.assert_allclose(split.discriminator.params, whole.discriminator.params, rtol=1e-5)
     np.testing.assert_allclose(split.generator.params, whole.generator.params, rtol=1e-5)
-    assert whole.generator.params != whole.discriminator.params  # keys of their own
     for name, value in whole_metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-4)
 
@@ -153,6 +152,13 @@ def test_each_network_is_called_as_often_as_the_algorithm_says(k):
     jax.effects_barrier()
     assert calls == {"G": 3 * (k + 1), "D": 3 * (2 * k + 2)}
     assert step._cache_size() == 1
+
+
+def test_players_are_drawn_from_keys_of_their_own():
+    player = train.Player(lambda p, q, *_: (p, {}), optax.sgd(0.1), jax.random.normal)
+    state = train.alternate(player, player, average=train.ema(0.5)).init(KEY)
+    assert state.generator.params != state.discriminator.params
+    assert state.average == state.generator.params
 
 
 def test_each_player_descends_by_its_own_parameters_alone():
