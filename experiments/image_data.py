@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.image_diffusion import Settings
-from jaxgen import data
-from jaxgen.typing import Batch
+from experiments.image_settings import Settings
+from jaxgen import data, random
+from jaxgen.typing import Array, Batch, Key
 
 AHEAD = 8  # steps whose images are decoded meanwhile, each by a thread
 
@@ -55,3 +56,14 @@ def opened(config: Settings) -> Images:
     batches = data.prefetched(data.stream(squares, **share), ahead=AHEAD)
     channels = records.features["image"][0][-1]
     return Images(batches, len(records), (size, size, channels), records.classes["label"])
+
+
+def mirrored(key: Key, images: Array) -> Array:
+    """Mirrors half of the images, by chance."""
+    return jnp.where(coins(key, len(images), 0.5)[:, None, None, None], images[:, :, ::-1], images)
+
+
+def coins(key: Key, batch: int, probability: float) -> Array:
+    """One biased coin per example."""
+    keys = random.example_keys(key, batch)
+    return random.draw(jax.random.uniform, keys, (), jnp.float32) < probability

@@ -8,7 +8,7 @@ random in training, so that sampling can be guided (arXiv:2207.12598).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgen import diffusion, nets, place, random, train
+from experiments import image_data, image_settings
+from experiments.image_draws import Draws
+from experiments.image_settings import Settings
+from jaxgen import checks, diffusion, nets, train
 from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Params, Table
 
-Platform = Literal["cpu", "gpu", "tpu"]
 Network = nets.UNet | nets.DiT
 Solver = Literal[
     "ddim", "ddpm", "euler", "euler_ancestral", "heun", "edm_stochastic",
@@ -28,6 +30,8 @@ Solver = Literal[
 WITH_ETA = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
 # Tables are padded to one size, so that no choice of solver, steps, eta or guidance compiles anything anew.
 ROWS, SLOTS = 256, 4
+
+AnyDenoising = TypeVar("AnyDenoising", bound="Denoising")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,42 +55,15 @@ class Transformer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of a training run, whatever the recipe."""
+class Denoising(Settings):
+    """Settings of a training run, whatever the path and the loss."""
 
-    workdir: str
-    """Directory of the run: settings, checkpoints, metrics, pictures. Run again with the same one to go on."""
-    dataset: str
-    """Data set: "digits" (embedded) or any of tensorflow-datasets' with "image" and "label"."""
-    data_dir: str | None = None
-    """Where data sets are kept; tensorflow-datasets' own choice by default."""
-    seed: int = 0
-    """Seed of everything random."""
-    platform: Platform | None = None
-    """Devices to run on; JAX's choice by default."""
-    fsdp: int = 1
-    """Over how many devices the state is split; the batch is split over all of them in any case."""
-
-    steps: int = 4000
-    """Training steps."""
-    batch_size: int = 128
-    """Images per step, over all devices."""
-    microbatches: int = 1
-    """Parts that each batch is split into, one after the other, to save memory."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of Adam; warms up linearly and decays to 0 along a cosine."""
     warmup: int = 200
-    """Steps of warm-up."""
+    """Steps in which the learning rate warms up, linearly; it then decays to 0 along a cosine."""
     clip: float = 1.0
     """Largest norm of a gradient."""
-    ema: float = 0.999
-    """Decay of the average of the parameters, which is what samples."""
     label_dropout: float = 0.1
     """Share of the labels that are hidden in training, for guidance."""
-    flip: bool = False
-    """Whether training images are mirrored at random."""
-    image_size: int | None = None
-    """Side to which images are cropped and shrunk as they are read, for data sets that do not fit into memory."""
 
     network: Literal["unet", "dit"] = "unet"
     """A U-Net, of which the next settings speak, or a diffusion transformer."""
@@ -104,30 +81,17 @@ class Settings:
     """Share of the U-Net's activations dropped in training."""
     dit: Transformer = Transformer()
     """The transformer."""
-    bfloat16: bool = False
-    """Whether to compute in bfloat16; parameters stay float32."""
 
     guidance: float = 1.0
     """Scale of classifier-free guidance for the run's own samples; 1 for none."""
     sample_steps: int = 20
     """Steps of the solver for the run's own samples."""
-    judged: int = 1000
-    """Samples that the judge measures at the end; 0 for no judge."""
     judged_steps: tuple[int, ...] = ()
-    """Other numbers of steps whose samples it measures too."""
-    judge_steps: int = 1500
-    """Training steps of the judge."""
-
-    log_every: int = 20
-    """Steps between records of metrics."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    grid_every: int = 500
-    """Steps between grids of samples."""
+    """Other numbers of steps whose samples the judge measures too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Denoising):
     """Settings of a training run."""
 
     sigma_data: float = 0.5
@@ -142,70 +106,118 @@ class Config(Settings):
     """Highest noise level of sampling."""
 
 
-class Draws:
-    """Draws from a network, compiled once whatever the table, the guidance and the seed."""
+@dataclasses.dataclass(frozen=True)
+class Sample(image_settings.Sample):
+    """Draws images from a trained run.
+
+    Image i depends on (seed, i, its class) alone, not on how many are drawn.
+    """
+
+    solver: Solver = "dpmpp_2m"
+    """Solver."""
+    steps: int = 20
+    """Steps of the solver."""
+    eta: float | None = None
+    """Share of fresh noise, for ddim, euler_ancestral and the sde solvers: 0 for none; their own by default."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; the run's own by default."""
+
+
+class Denoised(Draws):
+    """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
+
+    solver = "dpmpp_2m"  # for the run's own samples
 
     def __init__(
         self,
+        config: Denoising,
         path: diffusion.Path,
         denoiser: Callable[[Params, Array, Table, Array], Denoiser],
         shape: Sequence[int],
-        classes: int,
         mesh: Mesh,
     ) -> None:
         """Prepares to draw images of ``shape`` by ``denoiser(params, labels, table, scale of guidance)``."""
-        self.path, self.denoiser, self.classes, self._devices = path, denoiser, classes, mesh.size
+        self.path, self.denoiser, self._config = path, denoiser, config
 
-        def draw(shared: tuple[Params, Table, Array], split: tuple[Key, Array]) -> Array:
-            (params, table, scale), (keys, labels) = shared, split
+        def draw(params: Params, how: tuple[Table, Array], keys: Key, labels: Array) -> Array:
+            table, scale = how
             denoise = denoiser(params, labels, table, scale)
             x = diffusion.prior(keys, path, jnp.asarray(table.times)[0], (len(labels), *shape))
             return jnp.clip(diffusion.sample(keys, denoise, table, x), -1, 1)
 
-        self._draw = place.rows(draw, mesh)
+        super().__init__(draw, mesh)
 
-    def __call__(
-        self,
-        params: Params,
-        labels: np.ndarray,
-        table: Table,
-        *,
-        guidance: float,
-        seed: int,
-        batch_size: int = 100,
-    ) -> np.ndarray:
-        """Draws one image [height, width, channels] in [-1, 1] per label [n]."""
-        labels = np.asarray(labels, np.int32)
-        batch_size = -(-batch_size // self._devices) * self._devices
-        padded = np.append(labels, np.zeros(-len(labels) % batch_size, np.int32))
-        drawn = []
-        for start in range(0, len(padded), batch_size):
-            keys = random.example_keys(jax.random.key(seed), batch_size, start=start)
-            shared = (params, table, np.float32(guidance))
-            drawn.append(self._draw(shared, (keys, padded[start : start + batch_size])))
-        return np.concatenate([np.asarray(part) for part in drawn])[: len(labels)]
+    def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
+        """The sampler of that name."""
+        raise NotImplementedError
+
+    def own(self) -> tuple[Table, np.floating]:
+        """How the run draws its own samples."""
+        return self._how(self.solver, self._config.sample_steps)
+
+    def judged(self) -> dict[str, tuple[Table, np.floating]]:
+        """What the judge measures besides: how, by a name for it."""
+        return {f"{steps}_steps": self._how(self.solver, steps) for steps in self._config.judged_steps}
+
+    def chosen(self, options: Sample) -> tuple[Table, np.floating]:
+        """How ``options`` have it."""
+        checks.positive_integer("steps", options.steps)
+        return self._how(options.solver, options.steps, options.eta, options.guidance)
+
+    def _how(
+        self, solver: str, steps: int, eta: float | None = None, guidance: float | None = None
+    ) -> tuple[Table, np.floating]:
+        guidance = self._config.guidance if guidance is None else guidance
+        checks.finite("guidance", guidance)
+        return self.table(solver, steps, eta), np.float32(guidance)
 
 
-class Samples(Draws):
-    """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
-
-    solver = "dpmpp_2m"  # for the run's own samples
+class Samples(Denoised):
+    """Draws from a run's network by the solvers of a diffusion, on Karras's grid of noise levels."""
 
     def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
         """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
         net = _network(config, shape, classes)
         path = diffusion.edm(config.sigma_min, config.sigma_max)
-        super().__init__(path, guided(functools.partial(denoiser, config, net), classes), shape, classes, mesh)
+        super().__init__(config, path, guided(functools.partial(denoiser, config, net), classes), shape, mesh)
 
     def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
         """The sampler of that name on Karras's grid of noise levels."""
         return built(self.path, diffusion.karras_times(self.path, steps), solver, eta)
 
 
+CURVES = ("loss", "grad_norm")  # of training, as a figure
+
+
+def check(config: Denoising) -> None:
+    """Raises ValueError where a setting is out of range or does not fit another."""
+    image_settings.check(config)
+    checks.positive_integer("sample_steps", config.sample_steps)
+    for steps in config.judged_steps:
+        checks.positive_integer("judged_steps", steps)
+    checks.interval("clip", config.clip, 0.0, float("inf"))
+    checks.finite("guidance", config.guidance)
+    if not 0 <= config.warmup < config.steps:
+        raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
+    for field in ("label_dropout", "dropout"):
+        checks.interval(field, getattr(config, field), 0.0, 1.0)
+
+
+def smoke(config: AnyDenoising) -> AnyDenoising:
+    """The same experiment, tiny: every part of it runs, nothing is learned."""
+    return dataclasses.replace(
+        config,
+        workdir=config.workdir + "-smoke",
+        steps=20, warmup=5, batch_size=16, channels=8, groups=4, blocks=1, microbatches=1,
+        dit=dataclasses.replace(config.dit, features=16, depth=2, heads=2),
+        log_every=5, save_every=10, grid_every=10, sample_steps=4, judged=20 if config.judged else 0, judge_steps=20,
+    )  # fmt: skip
+
+
 def guided(
     denoiser: Callable[[Params, Array], Denoiser], classes: int
 ) -> Callable[[Params, Array, Table, Array], Denoiser]:
-    """Classifier-free guidance of ``denoiser(params, labels)`` towards its labels, as `Draws` takes it."""
+    """Classifier-free guidance of ``denoiser(params, labels)`` towards its labels, as `Denoised` takes it."""
 
     def guide(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
         return diffusion.cfg(denoiser(params, labels), denoiser(params, jnp.full_like(labels, classes)), scale)
@@ -228,7 +240,7 @@ def padded(table: Table) -> Table:
     return diffusion.pad(table, rows=rows, slots=SLOTS)
 
 
-def network(config: Settings, shape: Sequence[int], classes: int, *, time_scale: float) -> Network:
+def network(config: Denoising, shape: Sequence[int], classes: int, *, time_scale: float) -> Network:
     """The experiment's network."""
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     if config.network == "dit":
@@ -294,7 +306,7 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
 
 
 def trained(
-    config: Settings,
+    config: Denoising,
     network: Network,
     losses: Callable[..., tuple[Array, Metrics]],
     shape: Sequence[int],
@@ -311,9 +323,8 @@ def trained(
         x0, labels = batch["image"], batch["label"]
         noise_key, label_key, flip_key, dropout_key = jax.random.split(key, 4)
         if config.flip:
-            mirrored = _coins(flip_key, len(x0), 0.5)
-            x0 = jnp.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
-        labels = jnp.where(_coins(label_key, len(x0), config.label_dropout), classes, labels)
+            x0 = image_data.mirrored(flip_key, x0)
+        labels = jnp.where(image_data.coins(label_key, len(x0), config.label_dropout), classes, labels)
         options = {"rngs": {"dropout": dropout_key}} if config.dropout else {}
         values, metrics = losses(params, x0, labels, noise_key, **options)
         return values.mean(), metrics
@@ -327,9 +338,3 @@ def trained(
         average=train.ema(config.ema),
         microbatches=config.microbatches,
     )
-
-
-def _coins(key: Key, batch: int, probability: float) -> Array:
-    """One biased coin per example."""
-    keys = random.example_keys(key, batch)
-    return random.draw(jax.random.uniform, keys, (), jnp.float32) < probability

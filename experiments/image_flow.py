@@ -14,16 +14,30 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.image_diffusion import Draws, Network, Settings, built, guided, network, trained
+from experiments.image_diffusion import (
+    CURVES,
+    Denoised,
+    Denoising,
+    Network,
+    Sample,
+    built,
+    check,
+    guided,
+    network,
+    smoke,
+    trained,
+)
 from jaxgen import diffusion, train
 from jaxgen.typing import Array, Denoiser, Key, Metrics, Params, Table
+
+__all__ = ["CURVES", "Config", "Sample", "Samples", "check", "method", "smoke"]
 
 PATH = diffusion.rectified_flow()
 SHORTEST = 0.05  # what t is kept above in Eq. 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Denoising):
     """Settings of a training run."""
 
     time_mean: float = 0.8
@@ -32,7 +46,7 @@ class Config(Settings):
     """Standard deviation of the same."""
 
 
-class Samples(Draws):
+class Samples(Denoised):
     """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
 
     solver = "heun"  # for the run's own samples
@@ -40,7 +54,7 @@ class Samples(Draws):
     def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
         """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
         net = _network(config, shape, classes)
-        super().__init__(PATH, guided(functools.partial(_denoiser, net), classes), shape, classes, mesh)
+        super().__init__(config, PATH, guided(functools.partial(_denoiser, net), classes), shape, mesh)
 
     def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
         """The sampler of that name on equal steps of time."""

@@ -12,15 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.image_diffusion import Draws, Network, Settings, network, padded, trained
+from experiments.image_diffusion import (
+    CURVES,
+    Denoised,
+    Denoising,
+    Network,
+    Sample,
+    check,
+    network,
+    padded,
+    smoke,
+    trained,
+)
 from jaxgen import diffusion, train
 from jaxgen.typing import Array, Denoiser, Key, Metrics, Params, Table
+
+__all__ = ["CURVES", "Config", "Sample", "Samples", "check", "method", "smoke"]
 
 PATH = diffusion.rectified_flow()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Denoising):
     """Settings of a training run."""
 
     guidance: float = 1.0
@@ -37,25 +50,26 @@ class Config(Settings):
     """Power of its own error that each example's loss is divided by; 0 for none."""
 
 
-class Samples(Draws):
+class Samples(Denoised):
     """Draws from a run's network, compiled once whatever the number of steps and the seed."""
 
     solver = "euler"
 
     def __init__(self, config: Config, shape: Sequence[int], classes: int, mesh: Mesh) -> None:
         """Prepares to draw images of ``shape`` (height, width, channels) of ``classes`` classes."""
-        net, self._guidance = _network(config, shape, classes), config.guidance
+        net = _network(config, shape, classes)
 
         def denoiser(params: Params, labels: Array, table: Table, scale: Array) -> Denoiser:
             return diffusion.meanflow_denoiser(PATH, _average_velocity(net, params, labels), table.times)
 
-        super().__init__(PATH, denoiser, shape, classes, mesh)
+        super().__init__(config, PATH, denoiser, shape, mesh)
 
-    def __call__(self, *args: Any, guidance: float, **options: Any) -> np.ndarray:
-        """Draws as `Draws` does, at the guidance that the network has learned."""
-        if guidance != self._guidance:
-            raise ValueError(f"`guidance` is part of this network, {self._guidance:g}, got {guidance:g}")
-        return super().__call__(*args, guidance=guidance, **options)
+    def chosen(self, options: Sample) -> tuple[Table, np.floating]:
+        """How ``options`` have it, at the guidance that the network has learned."""
+        learned = self._config.guidance
+        if options.guidance not in (None, learned):
+            raise ValueError(f"`guidance` is part of this network, {learned:g}, got {options.guidance:g}")
+        return super().chosen(options)
 
     def table(self, solver: str, steps: int, eta: float | None = None) -> Table:
         """So many equal steps, whose ends the network is told."""

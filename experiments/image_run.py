@@ -1,6 +1,14 @@
-"""What every experiment in image diffusion does with its recipe: train or go on, show, measure, sample.
+"""What every experiment in images does with its recipe: train or go on, show, measure, sample.
 
-A recipe is a module with ``Config``, ``method`` and ``Samples``, as `experiments.image_diffusion` is.
+A recipe is a module, as `experiments.image_diffusion` is, with
+
+    Config, Sample                   settings of a run, and what its command ``sample`` can be asked
+    check(config), smoke(config)     refuses settings that do not fit; the same experiment, tiny
+    method(config, shape, classes)   how it trains
+    Samples(config, shape, classes, mesh)
+                                     an `experiments.image_draws.Draws` with the ways in which it draws: ``own()``, the
+                                     run's own; ``judged()``, more for the judge, by name; ``chosen(options)``
+    CURVES                           metrics to draw
 """
 
 import dataclasses
@@ -8,54 +16,22 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import image_data, image_diffusion, judge
-from experiments.image_diffusion import Platform, Settings, Solver, Transformer
-from jaxgen import checkpoint, checks, cli, data, images, log, loop, place, run, train
+from experiments import image_data, image_diffusion, image_settings, judge
+from experiments.image_settings import Sample, Settings
+from jaxgen import checkpoint, cli, data, images, log, loop, place, run, train
 from jaxgen.typing import Batch
 
 # Where a run's files are and what it runs on do not change what it computes.
 NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps")
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Draws images from a trained run.
-
-    Image i depends on (seed, i, its class) alone, not on how many are drawn.
-    """
-
-    workdir: str
-    """Directory of the run."""
-    out: str | None = None
-    """File to write: .png for a grid, .npz for arrays "image" (float32 in [-1, 1]) and "label"; by default drawn.png
-    in the run's directory."""
-    classes: tuple[int, ...] = ()
-    """Classes to draw, in turn; all of them by default."""
-    count: int = 100
-    """How many images."""
-    solver: Solver = "dpmpp_2m"
-    """Solver."""
-    steps: int = 20
-    """Steps of the solver."""
-    eta: float | None = None
-    """Share of fresh noise, for ddim, euler_ancestral and the sde solvers: 0 for none; their own by default."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance; the run's own by default."""
-    seed: int = 0
-    """Seed of the noise."""
-    columns: int = 10
-    """Images per row of the grid."""
-    batch_size: int = 100
-    """Images at a time; another size compiles anew."""
-    platform: Platform | None = None
-    """Devices to run on; JAX's choice by default."""
+# Runs from before there was a choice do not have these.
+LATER = ("network", "dit", "image_size")
+FRAMES = 16  # of the film, at most
 
 
 def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> None:
@@ -70,7 +46,7 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
         ValueError: a setting does not fit another, the devices or the data; or the directory is another run's.
         OSError: the directory cannot be written.
     """
-    _check(config)
+    recipe.check(config)
     if jax.process_count() > 1:
         raise ValueError(f"image experiments run on the devices of one host, got {jax.process_count()} processes")
     mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp)
@@ -78,38 +54,44 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
         raise ValueError(f"`batch_size` must divide among {mesh.size} devices, got {config.batch_size}")
     training = image_data.opened(config)
     shape, classes = training.shape, training.classes
+    ours = recipe.method(config, shape, classes)
+    samples = recipe.Samples(config, shape, classes, mesh)
+    own = samples.own()
     workdir = Path(config.workdir)
     run.claim(workdir, name, _identity(config, shape, classes))
-    samples = recipe.Samples(config, shape, classes, mesh)
 
-    def draw(state: Any, labels: np.ndarray, steps: int = config.sample_steps) -> np.ndarray:
-        table = samples.table(samples.solver, steps)
-        return samples(state.average, labels, table, guidance=config.guidance, seed=config.seed)
-
-    def grid(path: Path, state: Any) -> None:
+    def picture(step: int, state: Any) -> None:
+        # The same noise every time. The first row, a sample of each of ten classes, is a frame of the film.
         columns = min(classes, 10)
         labels = np.tile(np.arange(columns) * classes // columns, 10)
-        images.save_grid(path, draw(state, labels), columns=columns)
+        drawn = samples(state.average, labels, own, seed=config.seed)
+        images.save_grid(workdir / "samples" / f"{step:07}.png", drawn, columns=columns)
+        images.save_grid(workdir / "film" / f"{step:07}.png", drawn[:columns], columns=columns)
+        if step == config.steps:
+            images.save_grid(workdir / "samples.png", drawn, columns=columns)
+            images.save_film(workdir / "film.png", _thinned(sorted((workdir / "film").glob("*.png"))))
+
+    def in_between(step: int, state: Any) -> None:
+        if step < config.steps:
+            picture(step, state)
 
     records = log.Log(workdir / "metrics.jsonl")
     records.say(f"{name}: {training.examples} images of {'x'.join(map(str, shape))}")
-    ours = recipe.method(config, shape, classes)
-    pictures = loop.Every(config.grid_every, lambda step, state: grid(workdir / "samples" / f"{step:07}.png", state))
-    state = _train(config, ours, mesh, training.batches, records, pictures)
-    grid(workdir / "samples.png", state)
-    images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", ("loss", "grad_norm"))
+    state = _train(config, ours, mesh, training.batches, records, loop.Every(config.grid_every, in_between))
+    picture(config.steps, state)
+    images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", recipe.CURVES)
     if training.arrays is not None and config.judged:
         held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
         trained = judge.train_judge(
             training.arrays, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
         )
-        for steps in (config.sample_steps, *config.judged_steps):
-            out = workdir if steps == config.sample_steps else workdir / f"{steps}_steps"
-            records.say(f"samples of {steps} step(s):")
-            labels = np.arange(config.judged) % classes
-            records.say(judge.report(trained, draw(state, labels, steps), labels, training.arrays, held_out, out))
+        labels = np.arange(config.judged) % classes
+        for variant, how in {"": own, **samples.judged()}.items():
+            records.say(f"samples{variant and f' of {variant}'}:")
+            drawn = samples(state.average, labels, how, seed=config.seed)
+            records.say(judge.report(trained, drawn, labels, training.arrays, held_out, workdir / variant))
     records.say(
-        f"{workdir} holds samples.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
+        f"{workdir} holds samples.png, film.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
         f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"
     )
 
@@ -124,7 +106,8 @@ def _train(
 ) -> Any:
     """The state after the last step, from the last checkpoint on if there is one."""
     like = place.state_shapes(ours, mesh)
-    count = sum(leaf.size for leaf in jax.tree.leaves(like.learner.params))
+    learners = [leaf for leaf in jax.tree.leaves(like, is_leaf=_is_learner) if _is_learner(leaf)]
+    count = sum(leaf.size for learner in learners for leaf in jax.tree.leaves(learner.params))
     records.say(f"{count:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s)")
     with checkpoint.Checkpoints(Path(config.workdir) / "checkpoints") as checkpoints:
         if (done := checkpoints.latest()) is not None:
@@ -143,59 +126,45 @@ def _train(
         )
 
 
+def _is_learner(leaf: Any) -> bool:
+    return isinstance(leaf, train.Learner)
+
+
+def _thinned(files: list[Path]) -> list[Path]:
+    """At most FRAMES of them, evenly, the first and the last among them."""
+    return [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FRAMES))]
+
+
 def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> None:
     """Draws images from a run's last checkpoint to a file: the command ``sample``.
 
     Args:
         name: the experiment's.
-        options: what to draw.
+        options: what to draw, the recipe's ``Sample``.
         recipe: how the run was trained.
 
     Raises:
         ValueError: an option is out of range; the directory is another experiment's.
         OSError: there is no run in the directory, or the file cannot be written.
     """
+    image_settings.check_sample(options)
     workdir = Path(options.workdir)
     out = workdir / "drawn.png" if options.out is None else Path(options.out)
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
-    for field in ("count", "steps", "columns", "batch_size"):
-        checks.positive_integer(field, getattr(options, field))
-    if options.guidance is not None:
-        checks.finite("guidance", options.guidance)
     config, shape, classes = recalled(name, workdir, recipe)
     if not all(0 <= label < classes for label in options.classes):
         raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
     mesh = place.mesh(place.devices(options.platform))
     samples = recipe.Samples(config, shape, classes, mesh)
-    table = samples.table(options.solver, options.steps, options.eta)
+    how = samples.chosen(options)
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         state = checkpoints.restore(place.state_shapes(recipe.method(config, shape, classes), mesh))
     labels = np.resize(options.classes or np.arange(classes), options.count)
-    drawn = samples(
-        state.average,
-        labels,
-        table,
-        guidance=config.guidance if options.guidance is None else options.guidance,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    drawn = samples(state.average, labels, how, seed=options.seed, batch_size=options.batch_size)
     if out.suffix == ".npz":
         images.save_arrays(out, image=drawn, label=labels)
     else:
         images.save_grid(out, drawn, columns=options.columns)
     print(f"{options.count} images of the classes {sorted(set(labels.tolist()))} are in {out}")
-
-
-def smoke(config: AnySettings) -> AnySettings:
-    """The same experiment, tiny: every part of it runs, nothing is learned."""
-    return dataclasses.replace(
-        config,
-        workdir=config.workdir + "-smoke",
-        steps=20, warmup=5, batch_size=16, channels=8, groups=4, blocks=1, microbatches=1,
-        dit=dataclasses.replace(config.dit, features=16, depth=2, heads=2),
-        log_every=5, save_every=10, grid_every=10, sample_steps=4, judged=20 if config.judged else 0, judge_steps=20,
-    )  # fmt: skip
 
 
 def command_line(
@@ -204,48 +173,22 @@ def command_line(
     """An experiment's ``main``: training, ``--smoke`` and the command ``sample``, whose defaults are ``sampling``."""
     cli.main(
         module,
-        cli.Command(functools.partial(fit, name, recipe=recipe), config, smoke(config)),
-        {"sample": cli.Command(functools.partial(draw, name, recipe=recipe), Sample(config.workdir, **sampling))},
+        cli.Command(functools.partial(fit, name, recipe=recipe), config, recipe.smoke(config)),
+        {
+            "sample": cli.Command(
+                functools.partial(draw, name, recipe=recipe), recipe.Sample(config.workdir, **sampling)
+            )
+        },
     )
 
 
-def _check(config: Settings) -> None:
-    for field in (
-        "steps",
-        "batch_size",
-        "microbatches",
-        "log_every",
-        "save_every",
-        "grid_every",
-        "sample_steps",
-    ):
-        checks.positive_integer(field, getattr(config, field))
-    checks.positive("learning_rate", config.learning_rate)
-    checks.interval("clip", config.clip, 0.0, float("inf"))
-    checks.finite("guidance", config.guidance)
-    for steps in config.judged_steps:
-        checks.positive_integer("judged_steps", steps)
-    if config.image_size is not None:
-        checks.positive_integer("image_size", config.image_size)
-        if config.judged:
-            raise ValueError(
-                f"`judged` must be 0 with an `image_size`: the judge needs all images, got {config.judged}"
-            )
-    if not 0 <= config.warmup < config.steps:
-        raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
-    if config.batch_size % config.microbatches:
-        raise ValueError(f"`microbatches` must divide `batch_size`, {config.batch_size}, got {config.microbatches}")
-    for field in ("label_dropout", "ema", "dropout"):
-        checks.interval(field, getattr(config, field), 0.0, 1.0)
-
-
 def _identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str, Any]:
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
-    # Runs from before there was a choice do not have these.
-    if config.network == "unet":
-        del settings["network"], settings["dit"]
-    if config.image_size is None:
-        del settings["image_size"]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in NOT_IDENTITY and not (name in LATER and getattr(config, name) == defaults[name])
+    }
     return {**settings, "image_shape": list(shape), "classes": classes}
 
 
@@ -256,8 +199,10 @@ def recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) -> 
         raise ValueError(f"`workdir` {workdir} is a run of {found['experiment']!r}, not of {name!r}")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found["config"].items()}
     try:
-        if "dit" in settings:
-            settings["dit"] = Transformer(**settings["dit"])
+        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(recipe.Config)}
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                settings[name] = type(defaults[name])(**value)
         shape: tuple[int, ...] = settings.pop("image_shape")
         classes: int = settings.pop("classes")
         return recipe.Config(workdir=str(workdir), **settings), shape, classes

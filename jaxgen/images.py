@@ -55,6 +55,35 @@ def save_grid(path: str | os.PathLike[str], images: ArrayLike, *, columns: int, 
     _write(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
+def save_film(path: str | os.PathLike[str], frames: Sequence[str | os.PathLike[str]]) -> None:
+    """Stacks pictures from top to bottom into one PNG, the oldest on top: one row per moment of training.
+
+    Args:
+        path: the file; written whole or not at all.
+        frames: files of pictures of one width and one mode, such as `save_grid` writes of the same samples again and
+            again; at least one.
+
+    Raises:
+        ValueError: there is no frame, or their widths or modes differ.
+        OSError: a file cannot be read or written.
+    """
+    from PIL import Image
+
+    pictures: list[Image.Image] = []
+    for frame in frames:
+        with Image.open(frame) as file:
+            pictures.append(file.copy())
+    if len({(picture.width, picture.mode) for picture in pictures}) != 1:
+        found = [(picture.width, picture.mode) for picture in pictures]
+        raise ValueError(f"`frames` must be at least one picture, all of one width and mode, got {found}")
+    gap, mode = 8, pictures[0].mode
+    height = sum(picture.height + gap for picture in pictures) - gap
+    film = Image.new(mode, (pictures[0].width, height), (96,) * len(mode))
+    for i, picture in enumerate(pictures):
+        film.paste(picture, (0, sum(above.height + gap for above in pictures[:i])))
+    _write(path, lambda temporary: film.save(temporary, format="PNG"))
+
+
 def save_curves(path: str | os.PathLike[str], records: str | os.PathLike[str], names: Sequence[str]) -> None:
     """Draws metrics against steps, one panel each, from a file of JSON lines as `jaxgen.log.Log` writes them.
 

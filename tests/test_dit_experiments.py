@@ -17,7 +17,7 @@ SHAPE, CLASSES = (8, 8, 1), 10
 
 
 def reduced(module, **fields):
-    config = image_run.smoke(module.CONFIG)
+    config = image_diffusion.smoke(module.CONFIG)
     return dataclasses.replace(
         config, platform="cpu", steps=2, warmup=1, batch_size=8, save_every=2, grid_every=2, sample_steps=2, judged=0,
         **fields,
@@ -26,7 +26,7 @@ def reduced(module, **fields):
 
 def test_published_settings_reduced(imagenet2012, tmp_path):
     """The whole experiment on eight devices: archives, crops, two steps of the flow, a grid."""
-    transformer = dataclasses.replace(image_run.smoke(imagenet_dit.CONFIG).dit, features=32)
+    transformer = dataclasses.replace(image_diffusion.smoke(imagenet_dit.CONFIG).dit, features=32)
     config = reduced(
         imagenet_dit, workdir=str(tmp_path / "run"), data_dir=str(imagenet2012), image_size=32, dit=transformer, fsdp=8
     )
@@ -62,7 +62,7 @@ def test_samples_of_a_transformer(trained):
     out = trained / "drawn.npz"
     for solver in ("heun", "ddim"):
         image_run.draw(
-            "digits_diffusion", image_run.Sample(str(trained), out=str(out), count=6, steps=3, solver=solver)
+            "digits_diffusion", image_diffusion.Sample(str(trained), out=str(out), count=6, steps=3, solver=solver)
         )
         with np.load(out) as arrays:
             assert arrays["image"].shape == (6, *SHAPE)
@@ -124,7 +124,7 @@ def test_settings_reach_the_network(network):
 )
 def test_settings_that_do_not_fit_are_refused(fields, message, tmp_path):
     config = dataclasses.replace(
-        image_run.smoke(digits_diffusion.CONFIG), workdir=str(tmp_path / "run"), platform="cpu", **fields
+        image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(tmp_path / "run"), platform="cpu", **fields
     )
     with pytest.raises(ValueError, match=message):
         image_run.fit("digits_diffusion", config)

@@ -86,13 +86,13 @@ def test_a_run_killed_anywhere_and_started_again_ends_bit_by_bit_the_same(signum
 def trained(tmp_path_factory):
     """A smoke run of the digits, in this process."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    config = dataclasses.replace(image_run.smoke(digits_diffusion.CONFIG), workdir=str(workdir), platform="cpu")
+    config = dataclasses.replace(image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(workdir), platform="cpu")
     image_run.fit("digits_diffusion", config)
     return workdir
 
 
 def test_a_run_leaves_what_it_says(trained):
-    for picture in ("samples.png", "curves.png", "neighbours.png", "samples/0000010.png"):
+    for picture in ("samples.png", "film.png", "curves.png", "neighbours.png", "samples/0000010.png"):
         with Image.open(trained / picture) as image:
             assert min(image.size) >= 100
     quality = json.loads((trained / "quality.json").read_text())
@@ -103,7 +103,7 @@ def test_a_run_leaves_what_it_says(trained):
 
 def draw(trained, **options):
     out = trained / "drawn.npz"
-    defaults = image_run.Sample(str(trained), out=str(out), count=6, batch_size=8)
+    defaults = image_diffusion.Sample(str(trained), out=str(out), count=6, batch_size=8)
     image_run.draw("digits_diffusion", dataclasses.replace(defaults, **options))
     with np.load(out) as arrays:
         return arrays["image"], arrays["label"]
@@ -121,7 +121,7 @@ def test_samples_are_functions_of_seed_index_and_class(trained):
 
 def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
     traces, compiled = [], []
-    original, rows = diffusion.sample, image_diffusion.Samples.__call__
+    original = diffusion.sample
 
     def counted(*args, **options):
         traces.append(1)
@@ -133,8 +133,8 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     params = image_diffusion.method(config, shape, classes).init(jax.random.key(0)).average
     for seed, solver in enumerate(typing.get_args(image_diffusion.Solver)):
-        table = samples.table(solver, 1 + 7 * seed)
-        drawn = rows(samples, params, np.arange(4), table, guidance=seed / 2, seed=seed, batch_size=4)
+        options = image_diffusion.Sample(str(trained), solver=solver, steps=1 + 7 * seed, guidance=seed / 2)
+        drawn = samples(params, np.arange(4), samples.chosen(options), seed=seed, batch_size=4)
         assert np.isfinite(drawn).all()
         compiled.append(len(traces))
     assert compiled == [1] * 13
@@ -153,7 +153,7 @@ def test_published_settings_reduced(experiment, images, request, tmp_path):
     name = experiment.CONFIG.dataset
     request.getfixturevalue(name)
     config = dataclasses.replace(
-        image_run.smoke(experiment.CONFIG), workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"),
+        image_diffusion.smoke(experiment.CONFIG), workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"),
         platform="cpu", steps=2, warmup=1, batch_size=8, save_every=2, grid_every=2, sample_steps=2, judged=0,
     )  # fmt: skip
     image_run.fit(f"{name}_diffusion", config)
@@ -165,7 +165,7 @@ def test_published_settings_reduced(experiment, images, request, tmp_path):
 def test_meanflow_reduced(tmp_path):
     """Few-step samples: trained, judged at one step and two, drawn again from the checkpoint."""
     config = dataclasses.replace(
-        image_run.smoke(digits_meanflow.CONFIG),
+        image_diffusion.smoke(digits_meanflow.CONFIG),
         workdir=str(tmp_path),
         platform="cpu",
         steps=4,
@@ -175,7 +175,9 @@ def test_meanflow_reduced(tmp_path):
     image_run.fit("digits_meanflow", config, image_meanflow)
     for quality in ("quality.json", "2_steps/quality.json"):
         assert 0 <= json.loads((tmp_path / quality).read_text())["recognised"] <= 1
-    options = image_run.Sample(str(tmp_path), out=str(tmp_path / "drawn.npz"), count=6, batch_size=100, solver="euler")
+    options = image_diffusion.Sample(
+        str(tmp_path), out=str(tmp_path / "drawn.npz"), count=6, batch_size=100, solver="euler"
+    )
     draw = functools.partial(image_run.draw, "digits_meanflow", recipe=image_meanflow)
     draw(dataclasses.replace(options, steps=2, seed=1))
     with np.load(tmp_path / "drawn.npz") as arrays:
@@ -190,11 +192,11 @@ def test_meanflow_reduced(tmp_path):
 
 def test_another_experiments_directory_is_refused(trained):
     with pytest.raises(ValueError, match="is a run of 'digits_diffusion', not of 'mnist_diffusion'"):
-        image_run.draw("mnist_diffusion", image_run.Sample(str(trained)))
+        image_run.draw("mnist_diffusion", image_diffusion.Sample(str(trained)))
 
 
 def test_other_settings_are_refused(trained):
-    config = dataclasses.replace(image_run.smoke(digits_diffusion.CONFIG), workdir=str(trained), seed=1)
+    config = dataclasses.replace(image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(trained), seed=1)
     with pytest.raises(ValueError, match="seed is 0 there, got 1"):
         image_run.fit("digits_diffusion", config)
 

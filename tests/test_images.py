@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgen.images import save_arrays, save_curves, save_grid
+from jaxgen.images import save_arrays, save_curves, save_film, save_grid
 
 
 def noise(*shape):
@@ -47,6 +47,27 @@ def test_each_pixel_of_a_grid_is_where_it_belongs(tmp_path, shape, columns, smal
         wanted[y, x] = levels[i, dy, dx] if dy < height and dx < width and i < n else 96
     wanted = wanted.repeat(factor, axis=0).repeat(factor, axis=1)
     np.testing.assert_array_equal(read(tmp_path / "grid.png"), wanted[..., 0] if channels == 1 else wanted)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_film_holds_its_frames_from_top_to_bottom(tmp_path, channels):
+    frames = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, frame in enumerate(frames):
+        save_grid(frame, np.roll(noise(2, 3 + i, 4, channels)[1], i), columns=2, smallest=10)
+    save_film(tmp_path / "made" / "film.png", frames)
+    rows = []
+    for frame in frames:
+        rows += [read(frame), np.full_like(read(frame)[:1], 96).repeat(8, axis=0)]
+    np.testing.assert_array_equal(read(tmp_path / "made" / "film.png"), np.concatenate(rows[:-1]))
+
+
+def test_a_film_of_no_frames_or_of_frames_of_other_widths_is_refused(tmp_path):
+    for i in (1, 2):
+        save_grid(tmp_path / f"{i}.png", noise(i, 4, 4, 1)[1], columns=i, smallest=4)
+    for frames in ([], [tmp_path / "1.png", tmp_path / "2.png"]):
+        with pytest.raises(ValueError, match="`frames` must be at least one picture, all of one width and mode, got"):
+            save_film(tmp_path / "film.png", frames)
+    assert not (tmp_path / "film.png").exists()
 
 
 def test_values_beyond_the_range_are_clipped_and_any_floating_dtype_will_do(tmp_path):

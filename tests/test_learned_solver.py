@@ -85,7 +85,7 @@ def untrained(tmp_path_factory):
     """A run of the digits experiment that has taken no step, of the smallest network."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     config = dataclasses.replace(
-        image_run.smoke(digits_diffusion.CONFIG), workdir=str(workdir), multipliers=(1,), attention=()
+        image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(workdir), multipliers=(1,), attention=()
     )
     run.claim(workdir, "digits_diffusion", image_run._identity(config, (8, 8, 1), 10))
     method = place.jit(image_diffusion.method(config, (8, 8, 1), 10), place.mesh(jax.devices()[:1]))

@@ -1,0 +1,104 @@
+"""Settings that all image experiments share, whatever they train, and what all of them can be asked to draw."""
+
+import dataclasses
+from typing import Literal
+
+from jaxgen import checks
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a training run."""
+
+    workdir: str
+    """Directory of the run: settings, checkpoints, metrics, pictures. Run again with the same one to go on."""
+    dataset: str
+    """Data set: "digits" (embedded) or any of tensorflow-datasets' with "image" and "label"."""
+    data_dir: str | None = None
+    """Where data sets are kept; tensorflow-datasets' own choice by default."""
+    seed: int = 0
+    """Seed of everything random."""
+    platform: Platform | None = None
+    """Devices to run on; JAX's choice by default."""
+    fsdp: int = 1
+    """Over how many devices the state is split; the batch is split over all of them in any case."""
+
+    steps: int = 4000
+    """Training steps."""
+    batch_size: int = 128
+    """Images per step, over all devices."""
+    microbatches: int = 1
+    """Parts that each batch is split into, one after the other, to save memory."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of Adam."""
+    ema: float = 0.999
+    """Decay of the average of the parameters, which is what samples."""
+    flip: bool = False
+    """Whether training images are mirrored at random."""
+    image_size: int | None = None
+    """Side to which images are cropped and shrunk as they are read, for data sets that do not fit into memory."""
+    bfloat16: bool = False
+    """Whether to compute in bfloat16; parameters stay float32."""
+
+    judged: int = 1000
+    """Samples that the judge measures at the end; 0 for no judge."""
+    judge_steps: int = 1500
+    """Training steps of the judge."""
+
+    log_every: int = 20
+    """Steps between records of metrics."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    grid_every: int = 500
+    """Steps between grids of samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Options of the command ``sample``."""
+
+    workdir: str
+    """Directory of the run."""
+    out: str | None = None
+    """File to write: .png for a grid, .npz for arrays "image" (float32 in [-1, 1]) and "label"; by default drawn.png
+    in the run's directory."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw, in turn; all of them by default."""
+    count: int = 100
+    """How many images."""
+    seed: int = 0
+    """Seed of the noise."""
+    columns: int = 10
+    """Images per row of the grid."""
+    batch_size: int = 100
+    """Images at a time; another size compiles anew."""
+    platform: Platform | None = None
+    """Devices to run on; JAX's choice by default."""
+
+
+def check(config: Settings) -> None:
+    """Raises ValueError where a setting is out of range or does not fit another."""
+    for field in ("steps", "batch_size", "microbatches", "log_every", "save_every", "grid_every"):
+        checks.positive_integer(field, getattr(config, field))
+    checks.positive("learning_rate", config.learning_rate)
+    checks.interval("ema", config.ema, 0.0, 1.0)
+    if config.judged < 0:
+        raise ValueError(f"`judged` must be at least 0, got {config.judged}")
+    if config.image_size is not None:
+        checks.positive_integer("image_size", config.image_size)
+        if config.judged:
+            raise ValueError(
+                f"`judged` must be 0 with an `image_size`: the judge needs all images, got {config.judged}"
+            )
+    if config.batch_size % config.microbatches:
+        raise ValueError(f"`microbatches` must divide `batch_size`, {config.batch_size}, got {config.microbatches}")
+
+
+def check_sample(options: Sample) -> None:
+    """Raises ValueError where an option is out of range."""
+    for field in ("count", "columns", "batch_size"):
+        checks.positive_integer(field, getattr(options, field))
+    if options.out is not None and not options.out.endswith((".png", ".npz")):
+        raise ValueError(f"`out` must be a .png or .npz file, got {options.out!r}")
