@@ -5,6 +5,7 @@ A score is only as good as its features: say which extractor gave it. Nothing co
 """
 
 from jaxgen.metrics.frechet import frechet_distance
+from jaxgen.metrics.manifold import PrecisionRecall, precision_recall
 from jaxgen.metrics.neighbours import nearest_neighbours
 
-__all__ = ["frechet_distance", "nearest_neighbours"]
+__all__ = ["PrecisionRecall", "frechet_distance", "nearest_neighbours", "precision_recall"]
