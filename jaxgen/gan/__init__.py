@@ -4,9 +4,9 @@
 >>> from jaxgen import gan
 >>> critic = lambda x: jnp.sum(x, axis=1)  # any x [batch, ...] -> logits [batch]
 >>> real, fake = jnp.ones((4, 2)), jnp.zeros((4, 2))
->>> real_logits, real_norms = gan.penalised(critic, real)  # the logits, and R1 at the cost of their gradient
->>> fake_logits, fake_norms = gan.penalised(critic, fake)
->>> (gan.relativistic.discriminator(real_logits, fake_logits) + 0.5 * (real_norms + fake_norms)).shape
+>>> scored = gan.scored(critic, real, fake)  # the logits of both, and R1 and R2 at the cost of their gradient
+>>> loss = gan.relativistic.discriminator(scored.real_logits, scored.fake_logits)
+>>> (loss + 0.5 * (scored.r1 + scored.r2)).shape
 (4,)
 """
 
@@ -19,10 +19,12 @@ from jaxgen.gan.losses import (
     relativistic,
     wasserstein,
 )
-from jaxgen.gan.penalties import gradient_penalty, lazy, penalised, r1, r2
+from jaxgen.gan.penalties import Scored, gradient_penalty, lazy, penalised, r1, r2, scored
+from jaxgen.gan.spectral import spectral_normalise
 
 __all__ = [
     "GanLoss",
+    "Scored",
     "gradient_penalty",
     "hinge",
     "lazy",
@@ -33,5 +35,7 @@ __all__ = [
     "r1",
     "r2",
     "relativistic",
+    "scored",
+    "spectral_normalise",
     "wasserstein",
 ]

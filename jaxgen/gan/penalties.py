@@ -8,15 +8,19 @@ al. 2017 (arXiv:1704.00028, Eq. 3).
 
 All take a critic ``x [batch, ...] -> logits [batch]`` whose logit of an example depends on that example alone: then the
 gradient of the logits' sum is every example's own, one vector-Jacobian product for the whole batch. Batch
-normalisation and minibatch statistics break that.
+normalisation and minibatch statistics break that, and are refused where the critic's program shows them (`coupling`
+says what it can see). GroupNorm and batch normalisation by fixed statistics are fine.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from jaxgen import checks, random
+from jaxgen.gan.coupling import coupled_examples
 from jaxgen.typing import Array, ArrayLike, Key
 
 Critic = Callable[[Array], Array]
@@ -36,7 +40,7 @@ def penalised(critic: Critic, x: Array) -> tuple[Array, Array]:
         Logits [batch], and squared norms [batch], Eq. 1, in float32 at least.
 
     Raises:
-        ValueError: the critic's value is not [batch].
+        ValueError: the critic's value is not [batch], or its program shows that a logit depends on another example.
         TypeError: ``x`` is not floating.
 
     >>> penalised(lambda x: 3 * x[:, 0], jnp.ones((2, 4)))
@@ -44,11 +48,77 @@ def penalised(critic: Critic, x: Array) -> tuple[Array, Array]:
     """
     checks.floating("x", x)
     checks.rank_at_least("x", x, 1)
-    logits, pullback = jax.vjp(critic, x)
-    checks.shape("critic(x)", logits, x.shape[:1])
-    (gradient,) = pullback(jnp.ones_like(logits))
+    # A new function each time: of a known one JAX would return the program that it had before its closure changed.
+    program, logits_shape = jax.make_jaxpr(lambda x: critic(x), return_shape=True)(x)
+    checks.shape("critic(x)", logits_shape, x.shape[:1])
+    if (coupled := coupled_examples(program)) is not None:
+        i, j = coupled
+        raise ValueError(
+            f"`critic` must score each example by itself: the logit of example {i} depends on example {j}, as behind "
+            "batch normalisation"
+        )
+    (logits,), pullback = jax.vjp(jaxpr_as_fun(program), x)
+    (gradient,) = pullback([jnp.ones_like(logits)])
     wide = gradient.astype(jnp.promote_types(x.dtype, jnp.float32))
     return logits, jnp.sum(jnp.square(wide).reshape(x.shape[0], -1), axis=1)
+
+
+class Scored(NamedTuple):
+    """Both batches' logits and penalties, each [batch].
+
+    Attributes:
+        real_logits: of the data.
+        fake_logits: of the samples.
+        r1: squared norms of the gradients at the data, Eq. 1.
+        r2: the same at the samples.
+    """
+
+    real_logits: Array
+    fake_logits: Array
+    r1: Array
+    r2: Array
+
+
+def scored(critic: Callable[..., Array], real: Array, fake: Array, *conditions: Any) -> Scored:
+    """The logits of data and samples and both penalties, from one evaluation of the critic and one product.
+
+    The critic sees both at once, data and samples in turn: x_1, y_1, x_2, y_2 and so on. Put so, a batch that is split
+    over devices stays where it is.
+
+    Args:
+        critic: ``(x [2 batch, ...], *conditions) -> logits [2 batch]``.
+        real: [batch, ...] data, floating.
+        fake: samples, of the shape of ``real``.
+        *conditions: what belongs to example i of the data and sample i alike, labels or keys: pytrees of arrays
+            [batch, ...], which the critic gets with every entry twice. What it closes over it must not have one of for
+            each example.
+
+    Returns:
+        Four arrays [batch].
+
+    Raises:
+        ValueError: shapes disagree, the critic's value is not [2 batch], or its program shows that a logit depends on
+            another example.
+        TypeError: ``real`` is not floating.
+
+    >>> scored(lambda x: 3 * x[:, 0], jnp.ones((1, 4)), jnp.zeros((1, 4)))
+    Scored(real_logits=Array([3.], dtype=float32), fake_logits=Array([0.], dtype=float32),
+           r1=Array([9.], dtype=float32), r2=Array([9.], dtype=float32))
+    """
+    checks.floating("real", real)
+    checks.rank_at_least("real", real, 1)
+    checks.same_shape("fake", fake, "real", real)
+    batch = real.shape[0]
+    for leaf in jax.tree.leaves(conditions):
+        checks.shape("conditions", leaf, (batch, *jnp.shape(leaf)[1:]))
+
+    def in_turn(a: Array, b: Array) -> Array:
+        return jnp.stack([a, b], axis=1).reshape(2 * batch, *a.shape[1:])
+
+    twice = jax.tree.map(lambda leaf: in_turn(leaf, leaf), conditions)
+    logits, norms = penalised(lambda x: critic(x, *twice), in_turn(real, fake))
+    (real_logits, fake_logits), (at_real, at_fake) = logits.reshape(batch, 2).T, norms.reshape(batch, 2).T
+    return Scored(real_logits, fake_logits, at_real, at_fake)
 
 
 def r1(critic: Critic, x: Array) -> Array:
@@ -62,7 +132,7 @@ def r1(critic: Critic, x: Array) -> Array:
         [batch].
 
     Raises:
-        ValueError: the critic's value is not [batch].
+        ValueError: the critic's value is not [batch], or its program shows that a logit depends on another example.
         TypeError: ``x`` is not floating.
     """
     return penalised(critic, x)[1]
@@ -79,7 +149,7 @@ def r2(critic: Critic, x: Array) -> Array:
         [batch].
 
     Raises:
-        ValueError: the critic's value is not [batch].
+        ValueError: the critic's value is not [batch], or its program shows that a logit depends on another example.
         TypeError: ``x`` is not floating.
     """
     return r1(critic, x)
@@ -98,7 +168,8 @@ def gradient_penalty(critic: Critic, real: Array, fake: Array, key: Key) -> Arra
         [batch].
 
     Raises:
-        ValueError: shapes disagree, or the critic's value is not [batch].
+        ValueError: shapes disagree, the critic's value is not [batch], or its program shows that a logit depends on
+            another example.
         TypeError: ``real`` is not floating, or ``key`` not a typed key.
     """
     checks.floating("real", real)

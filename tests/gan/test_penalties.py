@@ -1,11 +1,15 @@
 """Gradient penalties against closed forms and finite differences."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgen import gan
+from jaxgen import gan, nets
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (5, 4, 3))
@@ -58,6 +62,75 @@ def test_loss_and_penalties_share_an_evaluation_and_change_nothing():
     np.testing.assert_allclose(together, apart, rtol=1e-6)
 
 
+class Discriminator(nn.Module):
+    """Two convolutions and a projection on the label's vector (Miyato & Koyama 2018)."""
+
+    @nn.compact
+    def __call__(self, x, labels):
+        for features in (4, 8):
+            x = nn.leaky_relu(nets.Conv(features, 3, strides=2, padding=1)(x), 0.2)
+        x = jnp.mean(jnp.tanh(x), axis=(1, 2))
+        return nn.Dense(1)(x)[:, 0] + jnp.sum(x * nn.Embed(3, 8)(labels), axis=1)
+
+
+REAL, FAKE = jax.random.normal(jax.random.key(3), (2, 8, 8, 8, 3))
+LABELS = jnp.arange(8) % 3
+PARAMS = Discriminator().init(jax.random.key(4), REAL, LABELS)
+
+
+def together(params, real, fake, labels):
+    return gan.scored(lambda x, labels: Discriminator().apply(params, x, labels), real, fake, labels)
+
+
+def apart(params, real, fake, labels):
+    def critic(x):
+        return Discriminator().apply(params, x, labels)
+
+    return gan.Scored(critic(real), critic(fake), gan.r1(critic, real), gan.r2(critic, fake))
+
+
+def objective(form):
+    def loss(params, real, fake, labels):
+        scored = form(params, real, fake, labels)
+        losses = gan.relativistic.discriminator(scored.real_logits, scored.fake_logits)
+        return jnp.mean(losses + 0.3 * scored.r1 + 0.7 * scored.r2)
+
+    return loss
+
+
+def test_scored_is_logits_and_penalties_together():
+    for values, expected in zip(
+        jax.jit(together)(PARAMS, REAL, FAKE, LABELS), jax.jit(apart)(PARAMS, REAL, FAKE, LABELS), strict=True
+    ):
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    gradients, expected = (jax.jit(jax.grad(objective(form)))(PARAMS, REAL, FAKE, LABELS) for form in (together, apart))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected)
+
+
+def test_scored_evaluates_the_critic_once_and_multiplies_once():
+    """Two convolutions forwards, two backwards: of the two batches together, since each has twice the images."""
+    calls = []
+
+    def critic(x, labels):
+        calls.append(x.shape)
+        return Discriminator().apply(PARAMS, x, labels)
+
+    program = jax.make_jaxpr(lambda real, fake: gan.scored(critic, real, fake, LABELS))(REAL, FAKE)
+    assert calls == [(16, 8, 8, 3)]
+    assert len(re.findall(r"= convolve\[", str(program))) == 2
+    assert len(re.findall(r"= convolve_to_input\[", str(program))) == 2
+    assert len(re.findall(r"= convolve", str(jax.make_jaxpr(apart)(PARAMS, REAL, FAKE, LABELS)))) == 12
+
+
+def test_scored_moves_no_batch_that_is_split_over_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(jax.value_and_grad(objective(together)), in_shardings=(whole, rows, rows, rows))
+    compiled = step.lower(PARAMS, REAL, FAKE, LABELS).compile().as_text()
+    moves = re.findall(r"(all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\(", compiled)
+    assert set(moves) == {"all-reduce"}  # of the gradients
+
+
 def test_gradient_penalty_of_a_critic_of_slope_one_is_zero():
     direction = WEIGHT / jnp.linalg.norm(WEIGHT)
     penalty = gan.gradient_penalty(lambda x: jnp.sum(x * direction, axis=(1, 2)), X, -X, KEY)
@@ -102,6 +175,12 @@ def test_a_lazy_penalty_is_skipped_and_weighs_the_same():
         (lambda: gan.r1(lambda x: x, X), ValueError, r"`critic\(x\)` must have shape \[5\], got \[5, 4, 3\]"),
         (lambda: gan.r2(lambda x: x.sum(), X), ValueError, r"`critic\(x\)` must have shape \[5\], got \[\]"),
         (lambda: gan.r1(linear, jnp.ones((2, 4, 3), int)), TypeError, "`x` must be floating-point"),
+        (lambda: gan.scored(linear, X, X[:2]), ValueError, "`fake` must have the shape of `real`"),
+        (lambda: gan.scored(linear, jnp.ones((2, 4, 3), int), X), TypeError, "`real` must be floating-point"),
+        (lambda: gan.scored(linear, X, X, jnp.ones(3)), ValueError, r"`conditions` must have shape \[5\], got \[3\]"),
+        (lambda: gan.scored(linear, X, X, 0.0), ValueError, r"`conditions` must have shape \[5\], got \[\]"),
+        (lambda: gan.scored(lambda x: x, X, X), ValueError, r"`critic\(x\)` must have shape \[10\]"),
+        (lambda: gan.r1(lambda x: linear(x) / linear(x).mean(), X), ValueError, "the logit of example 1 depends on"),
         (lambda: gan.gradient_penalty(linear, X, X[:2], KEY), ValueError, "`fake` must have the shape of `real`"),
         (lambda: gan.gradient_penalty(linear, X, X, 0), TypeError, "`key` must be a typed PRNG key"),
         (lambda: gan.lazy(lambda: X, 0, every=0), ValueError, "`every` must be an integer of at least 1"),
