@@ -1,4 +1,4 @@
-"""Adversarial losses against closed forms: their optimum on a grid of densities, and the Dirac-GAN."""
+"""Adversarial losses against closed forms: their optimum on a grid of densities."""
 
 import jax
 import jax.numpy as jnp
@@ -80,40 +80,6 @@ def test_large_logits_stay_finite(name):
         value, slope = jax.value_and_grad(lambda fake, loss=loss: loss(-far, fake).sum())(far)
         assert np.isfinite(value)
         assert np.isfinite(slope).all()
-
-
-def dirac(loss, weight, steps, rate):
-    """Mescheder et al.'s game: data at 0, a sample at theta, the critic psi x; its path from (1, 0)."""
-
-    def descend(point, _):
-        theta, psi = point
-        zero = jnp.zeros(1)
-
-        def discriminator(psi):
-            logits, norms = gan.penalised(lambda x: psi * x, zero)
-            return (loss.discriminator(logits, psi * theta) + 0.5 * weight * norms)[0]
-
-        def generator(theta):
-            return loss.generator(psi * zero, psi * theta)[0]
-
-        point = theta - rate * jax.grad(generator)(theta), psi - rate * jax.grad(discriminator)(psi)
-        return point, jnp.hypot(point[0][0], point[1])
-
-    start = (jnp.ones(1), jnp.zeros(()))
-    return jax.jit(lambda: jax.lax.scan(descend, start, None, length=steps)[1])()
-
-
-@pytest.mark.parametrize("name", ["wasserstein", "minimax"])
-def test_without_a_penalty_the_dirac_gan_turns_in_circles(name):
-    rate = 1e-3
-    radius = dirac(LOSSES[name], 0.0, int(2 * np.pi / rate * (2 if name == "minimax" else 1)), rate)
-    np.testing.assert_allclose(radius, 1, rtol=0.01)
-
-
-@pytest.mark.parametrize("name", ["wasserstein", "minimax", "nonsaturating", "relativistic"])
-def test_with_r1_the_dirac_gan_converges(name):
-    radius = dirac(LOSSES[name], 1.0, 5000, 0.02)
-    assert radius[-1] < 1e-3
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
