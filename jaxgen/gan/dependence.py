@@ -70,7 +70,7 @@ def _agreed(examples: Examples, axes: Sequence[int]) -> Examples | None:
 
 
 def _place(examples: Examples, axes: Sequence[int], rank: int) -> Examples:
-    """Puts the axes of a value at ``axes`` of one of that rank, in ascending order of ``axes``."""
+    """Puts the axes of a value at ``axes`` of one of that rank, whose others get length 1."""
     order = np.argsort(axes)
     shape = [1] * rank
     for axis in order:
