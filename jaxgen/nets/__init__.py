@@ -8,12 +8,15 @@ Each is used as ``params = init(module, key, x, ...)`` and ``module.apply(params
 from jaxgen.nets.attention import SelfAttention
 from jaxgen.nets.autoencoder import ConvAutoencoder
 from jaxgen.nets.convolution import Conv, ConvTranspose, convolve, convolve_transpose, upsample_convolve
+from jaxgen.nets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxgen.nets.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from jaxgen.nets.embedding import LabelEmbedding, time_embedding
 from jaxgen.nets.initialisation import constant, init, normal, variance_scaling
 from jaxgen.nets.normalisation import BatchNorm, GroupNorm, RMSNorm, calibrate, layer_norm
 from jaxgen.nets.patches import patchify, unpatchify
 from jaxgen.nets.positions import Positions, rotary_positions, rotate, sincos, sincos_positions
+from jaxgen.nets.r3gan import R3GANDiscriminator, R3GANGenerator
+from jaxgen.nets.resample import bilinear_downsample, bilinear_upsample
 from jaxgen.nets.unet import UNet
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "Conv",
     "ConvAutoencoder",
     "ConvTranspose",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
     "DiT",
     "DiT_B",
     "DiT_L",
@@ -29,9 +34,13 @@ __all__ = [
     "GroupNorm",
     "LabelEmbedding",
     "Positions",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
     "RMSNorm",
     "SelfAttention",
     "UNet",
+    "bilinear_downsample",
+    "bilinear_upsample",
     "calibrate",
     "constant",
     "convolve",
