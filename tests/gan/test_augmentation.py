@@ -104,7 +104,7 @@ def test_colours_come_before_the_zeros():
         assert len(np.unique(image.round(5))) <= 2  # a constant image is its brightness, or zero
 
 
-def test_a_constant_keeps_its_mean_under_the_symmetric_colours():
+def test_colours_keep_the_mean_on_average():
     y = only(brightness=0.5, saturation=1, contrast=0.5)
     shifts = np.mean(y - X, axis=(1, 2, 3))  # saturation and contrast keep every mean
     assert abs(shifts.mean()) < 5 * 0.5 / np.sqrt(3 * BATCH)
