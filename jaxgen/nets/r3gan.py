@@ -12,8 +12,9 @@ with K_0 1 x 1 to a multiple of the width, K_1 3 x 3 in groups, K_2 1 x 1 back. 
 
 B is a [4, 4, w_0] basis: in G each channel of it is scaled by an entry of W z, in D each channel of the last map is
 summed with its weights (a depthwise convolution by a kernel of the map's size). up and down are bilinear (`resample`;
-borders repeat their pixels, where the authors' code has zeros), with a K, 1 x 1, where the width changes. With classes G sees z beside a vector of the class, and in D, with e a vector
-of w_0 entries per class,
+borders repeat their pixels, where the authors' code has zeros), with a K, 1 x 1, where the width changes.
+
+With classes G sees z beside a vector of the class, and in D, with e a vector of w_0 entries per class,
 
     logit = e(y) . W sum(B h)                                                                       (4)
 
