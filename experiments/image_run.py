@@ -56,7 +56,7 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
     shape, classes = training.shape, training.classes
     ours = recipe.method(config, shape, classes)
     samples = recipe.Samples(config, shape, classes, mesh)
-    own = samples.own()
+    own, like = samples.own(), place.state_shapes(ours, mesh)  # a network that does not fit is refused here
     workdir = Path(config.workdir)
     run.claim(workdir, name, _identity(config, shape, classes))
 
@@ -77,7 +77,7 @@ def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> No
 
     records = log.Log(workdir / "metrics.jsonl")
     records.say(f"{name}: {training.examples} images of {'x'.join(map(str, shape))}")
-    state = _train(config, ours, mesh, training.batches, records, loop.Every(config.grid_every, in_between))
+    state = _train(config, ours, mesh, like, training.batches, records, loop.Every(config.grid_every, in_between))
     picture(config.steps, state)
     images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", recipe.CURVES)
     if training.arrays is not None and config.judged:
@@ -100,12 +100,12 @@ def _train(
     config: Settings,
     ours: train.Method,
     mesh: Mesh,
+    like: Any,
     batches: Callable[[int], Batch],
     records: log.Log,
     pictures: loop.Every,
 ) -> Any:
     """The state after the last step, from the last checkpoint on if there is one."""
-    like = place.state_shapes(ours, mesh)
     learners = [leaf for leaf in jax.tree.leaves(like, is_leaf=_is_learner) if _is_learner(leaf)]
     count = sum(leaf.size for learner in learners for leaf in jax.tree.leaves(learner.params))
     records.say(f"{count:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s)")

@@ -84,8 +84,8 @@ def check(config: Settings) -> None:
         checks.positive_integer(field, getattr(config, field))
     checks.positive("learning_rate", config.learning_rate)
     checks.interval("ema", config.ema, 0.0, 1.0)
-    if config.judged < 0:
-        raise ValueError(f"`judged` must be at least 0, got {config.judged}")
+    if config.judged != 0 and config.judged < 4:
+        raise ValueError(f"`judged` must be 0 or at least 4, to have neighbours among the samples, got {config.judged}")
     if config.image_size is not None:
         checks.positive_integer("image_size", config.image_size)
         if config.judged:

@@ -106,21 +106,30 @@ def report(
     ``workdir``, which it makes if need be.
 
     Returns:
-        What a person should read: the share of samples that the judge takes for the class asked for; the Fréchet
-        distance of the samples' features from the training images', beside that of held-out images; the median distance
-        in pixels to the nearest training image, of samples and of held-out images: samples that were copies would be
-        nearer than real images are.
+        What a person should read: the share of samples that the judge takes for the class asked for, and of how many
+        classes it so takes at least half; the Fréchet distance of the samples' features from the training images', and
+        precision and recall of the two; the median distance in pixels to the nearest training image: samples that were
+        copies would be nearer than real images are. The last three beside those of held-out images.
     """
     real, fresh = data.to_unit(training["image"]), data.to_unit(held_out["image"])
     predicted, features = judge(drawn)
     (_, real_features), (_, fresh_features) = judge(real), judge(fresh)
-    distance = jax.jit(metrics.frechet_distance)
+    distance, manifolds = jax.jit(metrics.frechet_distance), jax.jit(metrics.precision_recall)
+    (precision, recall), (fresh_precision, fresh_recall) = (
+        map(float, manifolds(seen, real_features)) for seen in (features, fresh_features)
+    )
     distances, nearest = _neighbours(drawn, real)
+    right = predicted == labels
     scores = {
         "judge_accuracy": judge.accuracy,
-        "recognised": float((predicted == labels).mean()),
+        "recognised": float(right.mean()),
+        "classes_covered": sum(bool(right[labels == label].mean() >= 0.5) for label in set(labels.tolist())),
         "frechet": float(distance(features, real_features)),
         "frechet_floor": float(distance(fresh_features, real_features)),
+        "precision": precision,
+        "recall": recall,
+        "precision_floor": fresh_precision,
+        "recall_floor": fresh_recall,
         "nearest_training_image": float(np.median(distances)),
         "nearest_training_image_floor": float(np.median(_neighbours(fresh, real)[0])),
     }
@@ -131,9 +140,12 @@ def report(
     save_grid(workdir / "neighbours.png", np.concatenate(pairs), columns=columns)
     return (
         f"a classifier that is right on {scores['judge_accuracy']:.1%} of {len(fresh)} held-out images recognises "
-        f"{scores['recognised']:.1%} of {len(drawn)} samples as the class asked for\n"
+        f"{scores['recognised']:.1%} of {len(drawn)} samples as the class asked for, and at least half in "
+        f"{scores['classes_covered']} of {judge.network.classes} classes\n"
         f"Fréchet distance on its features from the training images: samples {scores['frechet']:.2f}, "
         f"held-out images {scores['frechet_floor']:.2f}\n"
+        f"precision and recall on them: samples {precision:.2f} and {recall:.2f}, "
+        f"held-out images {fresh_precision:.2f} and {fresh_recall:.2f}\n"
         f"median distance to the nearest training image: samples {scores['nearest_training_image']:.2f}, "
         f"held-out images {scores['nearest_training_image_floor']:.2f} (copies would be near 0); see neighbours.png"
     )

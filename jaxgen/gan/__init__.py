@@ -10,6 +10,8 @@
 (4,)
 """
 
+from jaxgen.gan.adaptive import ada, adapt_probability
+from jaxgen.gan.augmentation import diffaugment
 from jaxgen.gan.losses import (
     GanLoss,
     hinge,
@@ -25,6 +27,9 @@ from jaxgen.gan.spectral import spectral_normalise
 __all__ = [
     "GanLoss",
     "Scored",
+    "ada",
+    "adapt_probability",
+    "diffaugment",
     "gradient_penalty",
     "hinge",
     "lazy",

@@ -1,0 +1,150 @@
+"""GAN experiments: a run of the digits end to end, resumed bit by bit, and the published settings reduced."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cifar10_gan, digits_gan, image_gan, image_run
+from jaxgen import data, place
+from jaxgen.checkpoint import Checkpoints
+
+SHAPE, CLASSES = (8, 8, 1), 10
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A smoke run of the digits, with all that a GAN's step can hold."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    config = dataclasses.replace(
+        image_gan.smoke(digits_gan.CONFIG), workdir=str(workdir), platform="cpu", augment="ada", discriminator_steps=2
+    )
+    image_run.fit("digits_gan", config, image_gan)
+    return workdir
+
+
+def test_a_run_leaves_what_it_says(trained):
+    for picture in ("samples.png", "curves.png", "neighbours.png"):
+        with Image.open(trained / picture) as image:
+            assert min(image.size) >= 100
+    frames = sorted(file.name for file in (trained / "film").iterdir())
+    assert frames == ["0000005.png", "0000010.png", "0000015.png", "0000020.png"]
+    with Image.open(trained / "film.png") as film, Image.open(trained / "film" / frames[0]) as frame:
+        assert film.size == (frame.width, 4 * frame.height + 3 * 8)
+    quality = json.loads((trained / "quality.json").read_text())
+    assert all(np.isfinite(value) for value in quality.values())
+    assert {"recognised", "classes_covered", "frechet", "precision", "recall"} <= quality.keys()
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(image_gan.CURVES) <= last.keys()
+
+
+def draw(trained, **options):
+    out = trained / "drawn.npz"
+    options = image_gan.Sample(str(trained), out=str(out), count=6, batch_size=8, **options)
+    image_run.draw("digits_gan", options, image_gan)
+    with np.load(out) as arrays:
+        return arrays["image"], arrays["label"]
+
+
+def test_samples_are_functions_of_seed_index_class_and_spread(trained):
+    image, label = draw(trained, classes=(3, 7))
+    assert image.shape == (6, *SHAPE)
+    assert label.tolist() == [3, 7, 3, 7, 3, 7]
+    assert np.abs(draw(trained, classes=(3, 7), seed=1)[0] - image).max() > 0.01
+    mean, _ = draw(trained, classes=(3, 7), spread=0.0)
+    np.testing.assert_array_equal(mean[0], mean[2])
+    assert np.abs(mean[0] - mean[1]).max() > 0
+    for options, message in (
+        ({"spread": -1.0}, "`spread` must lie in"),
+        ({"classes": (10,)}, r"`classes` must lie in \[0, 9\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(trained, **options)
+
+
+def test_a_state_that_was_stored_goes_on_bit_by_bit(tmp_path):
+    """Both players, both optimisers, the average and what feedback carries are in the checkpoint."""
+    config = dataclasses.replace(image_gan.smoke(digits_gan.CONFIG), augment="ada", ada_target=-1.0, batch_size=8)
+    mesh = place.mesh(jax.devices()[:1])
+    method = place.jit(image_gan.method(config, SHAPE, CLASSES), mesh)
+    batches = data.batches(data.load("digits", split="train"), batch_size=8, seed=0)
+
+    def steps(state, first, last):
+        for step in range(first, last):
+            state, _ = method.step(state, batches(step), jax.random.key(1))
+        return state
+
+    whole = steps(method.init(jax.random.key(0)), 0, 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, steps(method.init(jax.random.key(0)), 0, 2))
+        checkpoints.wait()
+        state = checkpoints.restore(place.state_shapes(image_gan.method(config, SHAPE, CLASSES), mesh))
+    assert float(state.carried["probability"]) > 0
+    for got, wanted in zip(jax.tree.leaves(steps(state, 2, 4)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("images", [(32, 32, 3)], indirect=True)
+def test_published_settings_reduced(cifar10, tmp_path):
+    """The whole experiment on served data: same code, fewer channels, two steps."""
+    config = dataclasses.replace(
+        image_gan.smoke(cifar10_gan.CONFIG), workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"),
+        platform="cpu", steps=2, burn_in=1, batch_size=8, save_every=2, grid_every=2,
+    )  # fmt: skip
+    image_run.fit("cifar10_gan", config, image_gan)
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 2
+
+
+@pytest.mark.parametrize("network", ["r3gan", "dcgan"])
+@pytest.mark.parametrize("loss", ["relativistic", "hinge"])
+def test_settings_reach_the_method(network, loss):
+    config = dataclasses.replace(
+        digits_gan.CONFIG, network=network, widths=(8, 8), group_size=4, loss=loss, augment="diffaugment", bfloat16=True
+    )
+    generator, discriminator = image_gan.networks(config, SHAPE, CLASSES)
+    assert type(generator).__name__.lower() == network + "generator"
+    assert type(discriminator).__name__.lower() == network + "discriminator"
+    assert generator.dtype == discriminator.dtype == "bfloat16"
+    method = image_gan.method(config, SHAPE, CLASSES)
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, *SHAPE), np.float32),
+        "label": jax.ShapeDtypeStruct((8,), np.int32),
+    }
+    key = jax.random.key(0)
+    state = jax.eval_shape(method.init, key)
+    after, metrics = jax.eval_shape(method.step, state, batch, key)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert set(image_gan.CURVES) <= metrics.keys()
+
+
+def test_schedules_go_from_end_to_end():
+    along = image_gan.between(2.0, 0.5, 10)
+    np.testing.assert_allclose([along(step) for step in (0, 5, 10, 99)], [2.0, 1.25, 0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widths": (8,)}, r"`widths` must be one for each of 4, 8 .. 8 pixels, the height of the images, got \(8,\)"),
+        ({"batch_size": 10, "discriminator_steps": 3}, "`batch_size` must be a multiple of `discriminator_steps`"),
+        ({"gamma": -1.0}, "`gamma` must lie in"),
+        ({"beta2": 1.5}, "`beta2` must lie in"),
+        ({"ada_target": 2.0}, "`ada_target` must lie in"),
+        ({"latent": 0}, "`latent` must be an integer of at least 1"),
+        ({"judged": 2}, "`judged` must be 0 or at least 4"),
+        ({"group_size": 7}, "group_size"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(fields, message, tmp_path):
+    config = dataclasses.replace(
+        image_gan.smoke(digits_gan.CONFIG), workdir=str(tmp_path / "run"), platform="cpu", **fields
+    )
+    with pytest.raises(ValueError, match=message):
+        image_run.fit("digits_gan", config, image_gan)
+    assert not (tmp_path / "run").exists()
