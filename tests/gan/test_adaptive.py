@@ -233,8 +233,15 @@ def test_every_option_reaches_its_part():
     np.testing.assert_allclose(y, expected(random.example_keys(KEY, 6), X), atol=1e-5)
 
 
-def test_all_parts_off_are_the_identity():
-    np.testing.assert_array_equal(ada(KEY, X, 1.0, **OFF), X)
+def test_one_part_alone_and_none():
+    np.testing.assert_array_equal(augmented(KEY, X, 1.0, **OFF), X)
+    y = augmented(KEY, X, 1.0, **OFF | {"flip": True})
+    flipped = np.all(y == X[:, :, ::-1], axis=(1, 2, 3))
+    assert np.any(flipped) and not np.all(flipped)
+    np.testing.assert_array_equal(y[~flipped], X[~flipped])
+    added = augmented(KEY, X, 1.0, **OFF | {"brightness": 0.2}) - X
+    assert np.all(added[:, 0, 0, 0] != 0)
+    np.testing.assert_allclose(added, jnp.broadcast_to(added[:, :1, :1, :1], X.shape), atol=1e-6)
 
 
 def test_an_example_depends_on_its_key_and_itself_alone():
