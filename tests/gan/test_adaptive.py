@@ -237,7 +237,7 @@ def test_one_part_alone_and_none():
     np.testing.assert_array_equal(augmented(KEY, X, 1.0, **OFF), X)
     y = augmented(KEY, X, 1.0, **OFF | {"flip": True})
     flipped = np.all(y == X[:, :, ::-1], axis=(1, 2, 3))
-    assert np.any(flipped) and not np.all(flipped)
+    assert 0 < np.sum(flipped) < len(X)
     np.testing.assert_array_equal(y[~flipped], X[~flipped])
     added = augmented(KEY, X, 1.0, **OFF | {"brightness": 0.2}) - X
     assert np.all(added[:, 0, 0, 0] != 0)
