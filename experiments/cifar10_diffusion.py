@@ -11,7 +11,7 @@ Needs a network once, for tensorflow-datasets to fetch CIFAR-10 (160 MB). Nobody
 distance is claimed. The tests run a reduced form of it.
 """
 
-from experiments import image_run
+from experiments import image_diffusion, image_run
 from experiments.image_diffusion import Config
 
 CONFIG = Config(
@@ -41,7 +41,7 @@ CONFIG = Config(
 
 def main() -> None:
     """Runs the command line."""
-    image_run.command_line(__doc__, "cifar10_diffusion", CONFIG)
+    image_run.command_line(__doc__, "cifar10_diffusion", CONFIG, image_diffusion)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Settings follow R3GAN's on CIFAR-10 (Huang et al. 2024, arXiv:2501.05441): batch
 each of four stages, Adam without momentum, and a burn-in of 20 million images in which the learning rate goes from 2e-4
 to 5e-5, gamma from 0.05 to 0.005, Adam's memory from 0.9 to 0.99 and the probability of augmentation from 0 to 0.55; an
 average of the generator with a half-life of 5 million images. What differs: the average's half-life is short at first
-by its warm-up rather than by a cosine, `gan.ada` interpolates linearly, the activations are bfloat16 but for the first
-and the last layers, and the run sees 200 million images.
+by its warm-up rather than by a cosine, `gan.ada` interpolates linearly and meets data and samples alike, all but the
+layers that make images and logits compute in bfloat16, and the run sees 200 million images.
 
 Needs a network once, for tensorflow-datasets to fetch CIFAR-10 (160 MB). Nobody has run it to the end yet: no Fréchet
 distance is claimed. The tests run a reduced form of it.

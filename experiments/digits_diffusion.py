@@ -14,7 +14,7 @@ held-out images, recognises 99.6 % of 1,000 samples; Fréchet distance on its fe
 of 1,000 samples are recognised, Fréchet distance 5.3, median distance to the nearest training image 2.11.
 """
 
-from experiments import image_run
+from experiments import image_diffusion, image_run
 from experiments.image_diffusion import Config
 
 CONFIG = Config(
@@ -33,7 +33,7 @@ CONFIG = Config(
 
 def main() -> None:
     """Runs the command line."""
-    image_run.command_line(__doc__, "digits_diffusion", CONFIG)
+    image_run.command_line(__doc__, "digits_diffusion", CONFIG, image_diffusion)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ CONFIG = Config(
     batch_size=64,
     learning_rate=1e-3,
     learning_rate_end=2e-4,
-    ema=0.998,
+    ema=0.999,
     upright=True,
     latent=32,
-    widths=(96, 48),
-    blocks=1,
+    widths=(64, 32),
+    blocks=2,
+    expansion=1,
+    group_size=32,
+    grid_every=100,
 )
 
 

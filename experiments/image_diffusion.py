@@ -287,7 +287,7 @@ def denoiser(config: Config, network: Network, params: Params, labels: Array, **
 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
-    """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
+    """How the experiment trains, written for the global batch of images in [-1, 1]."""
     net = _network(config, shape, classes)
     path = diffusion.edm(config.sigma_min, config.sigma_max)
 

@@ -62,7 +62,7 @@ class Samples(Denoised):
 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
-    """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
+    """How the experiment trains, written for the global batch of images in [-1, 1]."""
     net = _network(config, shape, classes)
 
     def losses(params: Params, x0: Array, labels: Array, key: Key, **options: Any) -> tuple[Array, Metrics]:

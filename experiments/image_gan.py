@@ -13,6 +13,7 @@ augmentation of what the discriminator sees are settings.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,7 +32,9 @@ from jaxgen import checks, gan, nets, random, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 # What ADA's transformations are on images whose meaning a mirror or a right angle changes.
-UPRIGHT = MappingProxyType({"flip": False, "quarter_turns": False, "rotation": 0.2, "luma_flip": False})
+UPRIGHT: Mapping[str, Any] = MappingProxyType(
+    {"flip": False, "quarter_turns": False, "rotation": 0.2, "luma_flip": False}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Config(Settings):
     learning_rate_end: float = 5e-4
     """Learning rate from then on."""
     gamma: float = 1.0
-    """Weight of R1 and R2 at first, twice that of Eq. 1."""
+    """The gamma of Eq. 1 at first."""
     gamma_end: float = 0.1
-    """Weight from then on; 0 for no penalty."""
+    """Gamma from then on."""
     beta2: float = 0.9
     """Adam's memory of squared gradients at first."""
     beta2_end: float = 0.99
@@ -68,7 +71,7 @@ class Config(Settings):
     """Whether images mean something else when mirrored or turned, so that augmentation must not."""
 
     network: Literal["r3gan", "dcgan"] = "r3gan"
-    """ResNets without normalisation, or the networks of DCGAN."""
+    """ResNets without normalisation, or DCGAN's networks, of which the settings after ``widths`` do not speak."""
     latent: int = 64
     """Length of the latent vectors."""
     widths: tuple[int, ...] = (768, 768, 768, 768)
@@ -129,8 +132,10 @@ def check(config: Config) -> None:
     checks.positive("learning_rate_end", config.learning_rate_end)
     for field in ("gamma", "gamma_end"):
         checks.interval(field, getattr(config, field), 0.0, float("inf"))
-    for field in ("beta2", "beta2_end", "ada_most"):
-        checks.interval(field, getattr(config, field), 0.0, 1.0)
+    checks.interval("ada_most", config.ada_most, 0.0, 1.0)
+    for field in ("beta2", "beta2_end"):
+        if not 0 <= getattr(config, field) < 1:
+            raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(config, field)}")
     if config.ada_target is not None:
         checks.interval("ada_target", config.ada_target, -1.0, 1.0)
     if config.batch_size % (config.discriminator_steps * config.microbatches):
@@ -158,13 +163,19 @@ def networks(config: Config, shape: Sequence[int], classes: int) -> tuple[nn.Mod
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     if config.network == "dcgan":
         options: dict[str, Any] = {"size": height, "channels": channels, "num_classes": classes, "dtype": dtype}
+        # BatchNorm would make an image depend on what is drawn beside it.
+        norm = functools.partial(nets.GroupNorm, groups=math.gcd(8, *config.widths))
         return (
-            nets.DCGANGenerator(**options, widths=config.widths),
+            nets.DCGANGenerator(**options, widths=config.widths, norm=norm),
             nets.DCGANDiscriminator(**options, widths=config.widths),
         )
-    if height != 4 * 2 ** (len(config.widths) - 1):
+    stages = height.bit_length() - 2
+    if height != 4 * 2 ** (stages - 1):
+        raise ValueError(f"`dataset` must hold images of 4, 8, 16 .. pixels for the network r3gan, got {height}")
+    if len(config.widths) != stages:
         raise ValueError(
-            f"`widths` must be one for each of 4, 8 .. {height} pixels, the height of the images, got {config.widths}"
+            f"`widths` must be {stages} for images of {height} pixels, one for each of 4, 8 .. {height}, "
+            f"got {config.widths}"
         )
     options = {
         "channels": channels,
@@ -179,14 +190,20 @@ def networks(config: Config, shape: Sequence[int], classes: int) -> tuple[nn.Mod
 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
-    """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
+    """How the experiment trains, written for the global batch of images in [-1, 1]."""
     generator, discriminator = networks(config, shape, classes)
     game: gan.GanLoss = getattr(gan, config.loss)
-    rate = between(config.learning_rate, config.learning_rate_end, config.burn_in)
     gamma = between(config.gamma, config.gamma_end, config.burn_in)
-    optimiser = optax.inject_hyperparams(optax.adam)(
-        learning_rate=rate, b1=0.0, b2=between(config.beta2, config.beta2_end, config.burn_in)
-    )
+    adaptive = config.augment == "ada"
+
+    def optimiser(updates: int) -> optax.GradientTransformation:
+        """Adam of a player with so many updates in a step."""
+        burn_in = config.burn_in * updates
+        return optax.inject_hyperparams(optax.adam)(
+            learning_rate=between(config.learning_rate, config.learning_rate_end, burn_in),
+            b1=0.0,
+            b2=between(config.beta2, config.beta2_end, burn_in),
+        )
 
     def prepared(batch: Batch, params: Params, key: Key) -> tuple[Array, Array, Key]:
         """Data, samples of the same classes, and keys for what the discriminator sees of either."""
@@ -199,7 +216,7 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     def score(params: Params, carried: Any, x: Array, labels: Array, keys: Key) -> Array:
         if config.augment == "diffaugment":
             x = gan.diffaugment(keys, x)
-        elif config.augment == "ada":
+        elif adaptive:
             x = gan.ada(keys, x, carried["probability"], **(UPRIGHT if config.upright else {}))
         logits: Array = discriminator.apply(params, x, labels)  # type: ignore[assignment]
         return logits
@@ -212,7 +229,8 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
         losses = game.discriminator(scores.real_logits, scores.fake_logits)
         losses += 0.5 * carried["gamma"] * (scores.r1 + scores.r2)
         apart = jnp.sign(scores.real_logits - scores.fake_logits).mean()
-        return losses.mean(), {"r1": scores.r1.mean(), "r2": scores.r2.mean(), "told_apart": apart}
+        told = {"gamma": carried["gamma"]} | ({"probability": carried["probability"]} if adaptive else {})
+        return losses.mean(), {"r1": scores.r1.mean(), "r2": scores.r2.mean(), "told_apart": apart, **told}
 
     def generator_loss(params: Params, opponent: Params, batch: Batch, key: Key, carried: Any) -> tuple[Array, Metrics]:
         real, fake, keys = prepared(batch, params, key)
@@ -220,6 +238,8 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
         return game.generator(real_logits, fake_logits).mean(), {}
 
     def carry(carried: Any, metrics: Metrics, step: Array) -> dict[str, Array]:
+        if not adaptive:
+            return {"gamma": gamma(step)}
         if config.ada_target is None:
             probability = between(0.0, config.ada_most, config.burn_in)(step)
         else:
@@ -235,14 +255,16 @@ def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     labels = jnp.zeros(1, jnp.int32)
     return train.alternate(
         train.Player(
-            discriminator_loss, optimiser, lambda key: nets.init(discriminator, key, jnp.zeros((1, *shape)), labels)
+            discriminator_loss,
+            optimiser(config.discriminator_steps),
+            lambda key: nets.init(discriminator, key, jnp.zeros((1, *shape)), labels),
         ),
         train.Player(
-            generator_loss, optimiser, lambda key: nets.init(generator, key, jnp.zeros((1, config.latent)), labels)
+            generator_loss, optimiser(1), lambda key: nets.init(generator, key, jnp.zeros((1, config.latent)), labels)
         ),
         discriminator_steps=config.discriminator_steps,
         average=train.ema(config.ema),
-        feedback=train.Feedback(lambda: {"gamma": gamma(0), "probability": jnp.zeros(())}, carry),
+        feedback=train.Feedback(lambda: {"gamma": gamma(0)} | ({"probability": 0.0} if adaptive else {}), carry),
         microbatches=config.microbatches,
     )
 

@@ -79,7 +79,7 @@ class Samples(Denoised):
 
 
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
-    """How the experiment trains, written for the global batch of uint8-range images in [-1, 1]."""
+    """How the experiment trains, written for the global batch of images in [-1, 1]."""
     net = _network(config, shape, classes)
     draw_times = diffusion.meanflow_times(
         diffusion.logit_normal_time(config.time_mean, config.time_std), distinct=config.distinct

@@ -22,19 +22,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import image_data, image_diffusion, image_settings, judge
+from experiments import image_data, image_settings, judge
 from experiments.image_settings import Sample, Settings
 from jaxgen import checkpoint, cli, data, images, log, loop, place, run, train
 from jaxgen.typing import Batch
 
 # Where a run's files are and what it runs on do not change what it computes.
 NOT_IDENTITY = ("workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps")
-# Runs from before there was a choice do not have these.
-LATER = ("network", "dit", "image_size")
-FRAMES = 16  # of the film, at most
+FRAMES = 12  # of the film, at most
 
 
-def fit(name: str, config: Settings, recipe: ModuleType = image_diffusion) -> None:
+def fit(name: str, config: Settings, recipe: ModuleType) -> None:
     """Trains, or goes on, and writes all that a run leaves behind.
 
     Args:
@@ -131,11 +129,13 @@ def _is_learner(leaf: Any) -> bool:
 
 
 def _thinned(files: list[Path]) -> list[Path]:
-    """At most FRAMES of them, evenly, the first and the last among them."""
-    return [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), FRAMES))]
+    """At most FRAMES of them, ever further apart, as training slows down; the first and the last among them."""
+    if len(files) <= FRAMES:
+        return files
+    return [files[i - 1] for i in sorted({round(i) for i in np.geomspace(1, len(files), FRAMES)})]
 
 
-def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> None:
+def draw(name: str, options: Sample, recipe: ModuleType) -> None:
     """Draws images from a run's last checkpoint to a file: the command ``sample``.
 
     Args:
@@ -167,9 +167,7 @@ def draw(name: str, options: Sample, recipe: ModuleType = image_diffusion) -> No
     print(f"{options.count} images of the classes {sorted(set(labels.tolist()))} are in {out}")
 
 
-def command_line(
-    module: str, name: str, config: Settings, recipe: ModuleType = image_diffusion, **sampling: Any
-) -> None:
+def command_line(module: str, name: str, config: Settings, recipe: ModuleType, **sampling: Any) -> None:
     """An experiment's ``main``: training, ``--smoke`` and the command ``sample``, whose defaults are ``sampling``."""
     cli.main(
         module,
@@ -183,16 +181,16 @@ def command_line(
 
 
 def _identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    settings = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in NOT_IDENTITY and not (name in LATER and getattr(config, name) == defaults[name])
-    }
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    # Runs from before there was a choice do not have these.
+    if settings.get("network") == "unet":
+        del settings["network"], settings["dit"]
+    if settings["image_size"] is None:
+        del settings["image_size"]
     return {**settings, "image_shape": list(shape), "classes": classes}
 
 
-def recalled(name: str, workdir: Path, recipe: ModuleType = image_diffusion) -> tuple[Any, tuple[int, ...], int]:
+def recalled(name: str, workdir: Path, recipe: ModuleType) -> tuple[Any, tuple[int, ...], int]:
     """The settings of the run in ``workdir``, the shape of its images and how many classes they have."""
     found = run.read_config(workdir)
     if found["experiment"] != name:

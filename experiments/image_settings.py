@@ -32,7 +32,7 @@ class Settings:
     microbatches: int = 1
     """Parts that each batch is split into, one after the other, to save memory."""
     learning_rate: float = 2e-3
-    """Peak learning rate of Adam."""
+    """Learning rate of Adam: the largest of a diffusion, the first of a GAN."""
     ema: float = 0.999
     """Decay of the average of the parameters, which is what samples."""
     flip: bool = False
@@ -80,10 +80,11 @@ class Sample:
 
 def check(config: Settings) -> None:
     """Raises ValueError where a setting is out of range or does not fit another."""
-    for field in ("steps", "batch_size", "microbatches", "log_every", "save_every", "grid_every"):
+    for field in ("steps", "batch_size", "microbatches", "judge_steps", "log_every", "save_every", "grid_every"):
         checks.positive_integer(field, getattr(config, field))
     checks.positive("learning_rate", config.learning_rate)
-    checks.interval("ema", config.ema, 0.0, 1.0)
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"`ema` must lie in [0, 1), got {config.ema}")
     if config.judged != 0 and config.judged < 4:
         raise ValueError(f"`judged` must be 0 or at least 4, to have neighbours among the samples, got {config.judged}")
     if config.image_size is not None:

@@ -115,8 +115,9 @@ def report(
     predicted, features = judge(drawn)
     (_, real_features), (_, fresh_features) = judge(real), judge(fresh)
     distance, manifolds = jax.jit(metrics.frechet_distance), jax.jit(metrics.precision_recall)
+    few = min(len(features), len(fresh_features))  # both change with the number of points
     (precision, recall), (fresh_precision, fresh_recall) = (
-        map(float, manifolds(seen, real_features)) for seen in (features, fresh_features)
+        map(float, manifolds(seen[:few], real_features)) for seen in (features, fresh_features)
     )
     distances, nearest = _neighbours(drawn, real)
     right = predicted == labels

@@ -184,7 +184,7 @@ def recalled(workdir: Path) -> Model:
     name = run.read_config(workdir)["experiment"]
     if name not in EXPERIMENTS:
         raise ValueError(f"`run` {workdir} is a run of {name!r}, not of one of {', '.join(EXPERIMENTS)}")
-    config, shape, classes = image_run.recalled(name, workdir)
+    config, shape, classes = image_run.recalled(name, workdir, image_diffusion)
     mesh = place.mesh(jax.devices()[:1])
     with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         params = checkpoints.restore(place.state_shapes(image_diffusion.method(config, shape, classes), mesh)).average

@@ -6,7 +6,7 @@ Needs a network once, for tensorflow-datasets to fetch MNIST (11 MB). Meant for 
 to the end yet, so no quality is claimed here; the tests run a reduced form of it.
 """
 
-from experiments import image_run
+from experiments import image_diffusion, image_run
 from experiments.image_diffusion import Config
 
 CONFIG = Config(
@@ -34,7 +34,7 @@ CONFIG = Config(
 
 def main() -> None:
     """Runs the command line."""
-    image_run.command_line(__doc__, "mnist_diffusion", CONFIG)
+    image_run.command_line(__doc__, "mnist_diffusion", CONFIG, image_diffusion)
 
 
 if __name__ == "__main__":

@@ -114,13 +114,13 @@ def run(
             if due or saving:
                 jax.block_until_ready(metrics)  # as what follows would; from here on the time is none of the training's
                 began = time.perf_counter()
+                _finite(done, metrics)  # before anything is drawn or stored of a state that is lost
                 for task in due:
                     task.call(done, state)
                 if checkpoints is not None and saving:
                     # First the record, then the checkpoint: a kill in between leaves a line to drop, not one that is
                     # missing.
                     reader.read()
-                    _finite(done, metrics)
                     checkpoints.save(done, state)
                 if log is not None:
                     log.aside(time.perf_counter() - began)

@@ -75,7 +75,8 @@ class Player(NamedTuple):
 class Feedback(NamedTuple):
     """What losses are told besides the batch: a state that follows from the metrics and from the number of steps.
 
-    The probability of an adaptive augmentation is one, and so is a weight by schedule.
+    The probability of an adaptive augmentation is one, a weight by schedule another, and the number of steps itself, as
+    `gan.lazy` asks for it: ``Feedback(lambda: jnp.int32(0), lambda carried, metrics, step: step)``.
 
     Attributes:
         init: nothing -> carried, any tree of arrays: what the first step's losses see.
@@ -211,8 +212,9 @@ def alternate(
     Args:
         discriminator: the player that is updated first; its opponent's parameters are the generator's.
         generator: the player that is updated last; its opponent's parameters are the updated discriminator's.
-        discriminator_steps: k, the discriminator's updates in a step. The batch is split among them: update i takes
-            rows i, i + k, ... and the generator the rows of the last, so that all updates see batch / k rows.
+        discriminator_steps: k, the discriminator's updates in a step, which is what a schedule in its optimiser counts.
+            The batch is split among them: update i takes rows i, i + k, ... and the generator the rows of the last, so
+            that all updates see batch / k rows.
         average: a running average of the generator's parameters to keep beside them, such as `ema(0.999)`.
         feedback: what both losses are told besides, and how it follows from a step's metrics.
         microbatches: splits the rows of each update into so many parts and averages their gradients, as in `minimise`.
@@ -225,7 +227,7 @@ def alternate(
 
     Raises:
         ValueError: ``discriminator_steps`` or ``microbatches`` is not a positive integer, or (while tracing) does not
-            divide the batch.
+            divide the batch; or ``feedback`` carries on what is of another structure, shape or dtype than before.
 
     >>> critic = Player(lambda slope, at, *_: (slope**2 - slope * at, {}), optax.sgd(0.5), lambda key: jnp.zeros(()))
     >>> mover = Player(lambda at, slope, *_: (slope * at, {}), optax.sgd(0.5), lambda key: jnp.ones(()))
@@ -245,7 +247,7 @@ def alternate(
             discriminator=Learner(critic, discriminator.optimiser.init(critic)),
             generator=Learner(maker, generator.optimiser.init(maker)),
             average=() if average is None else average.init(maker),
-            carried=() if feedback is None else feedback.init(),
+            carried=() if feedback is None else jax.tree.map(_typed, feedback.init()),
         )
 
     def update(
@@ -274,10 +276,24 @@ def alternate(
             critic,
             maker,
             state.average if average is None else average.update(state.average, maker.params, count),
-            state.carried if feedback is None else feedback.update(state.carried, metrics, count),
+            state.carried if feedback is None else _carried_on(feedback, state.carried, metrics, count),
         ), metrics
 
     return Method(initial, step)
+
+
+def _typed(leaf: Any) -> Array:
+    """An array of the leaf's own dtype. A plain number's is weak: the second step would be another program."""
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype)
+
+
+def _carried_on(feedback: Feedback, carried: Any, metrics: Metrics, step: Array) -> Any:
+    new = jax.tree.map(_typed, feedback.update(carried, metrics, step))
+    before, after = (jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree) for tree in (carried, new))
+    if before != after:
+        raise ValueError(f"`feedback` must carry on what it was given, {before}, got {after}")
+    return new
 
 
 def _descend(

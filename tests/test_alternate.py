@@ -97,6 +97,31 @@ def test_feedback_follows_the_metrics_and_reaches_both_losses(k):
     assert float(state.carried["weight"]) == told_last + 6.5 + 3
 
 
+def test_what_feedback_carries_from_a_plain_number_compiles_nothing_anew():
+    player = train.Player(lambda p, q, *_: (0.0 * p, {}), optax.sgd(0.1), lambda key: jnp.zeros(()))
+    feedback = train.Feedback(lambda: {"p": 0.0, "n": 1}, lambda carried, metrics, step: {"p": 0.5, "n": 2})
+    method = train.alternate(player, player, feedback=feedback)
+    step, state = jax.jit(method.step), method.init(KEY)
+    for _ in range(3):
+        state, _ = step(state, ROWS, KEY)
+    assert step._cache_size() == 1
+    assert (float(state.carried["p"]), int(state.carried["n"])) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("init", "update"),
+    [
+        (lambda: 0, lambda carried, metrics, step: carried + 0.5),
+        (lambda: jnp.zeros(2), lambda carried, metrics, step: jnp.zeros(3)),
+        (lambda: {"a": 0.0}, lambda carried, metrics, step: {"b": 0.0}),
+        (lambda: {"a": 0.0}, lambda carried, metrics, step: (0.0,)),
+    ],
+)
+def test_feedback_that_carries_on_something_else_is_refused(init, update):
+    with pytest.raises(ValueError, match=r"`feedback` must carry on what it was given, .*, got .*"):
+        run(quadratic_game(feedback=train.Feedback(init, update)), 1)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_every_update_draws_anew_and_a_run_repeats(k):
     draws = []
@@ -205,10 +230,11 @@ def game(axis_name=None, microbatches=1, k=2):
         return maker.apply(g, random.normal(keys, (6,)), batch["label"])
 
     def discriminator_loss(d, g, batch, key, carried):
-        score = lambda x: critic.apply(d, x, batch["label"])  # noqa: E731
-        (real, r1), (fake, r2) = (gan.penalised(score, x) for x in (batch["image"], sample(g, batch, key)))
-        losses = gan.relativistic.discriminator(real, fake) + carried * (r1 + r2)
-        return losses.mean(), {"sign": jnp.sign(real).mean()}
+        keys = random.example_keys(jax.random.fold_in(key, 1), len(batch["label"]), axis_name=axis_name)
+        score = lambda x, labels, keys: critic.apply(d, gan.ada(keys, x, 0.5), labels)  # noqa: E731
+        scores = gan.scored(score, batch["image"], sample(g, batch, key), batch["label"], keys)
+        losses = gan.relativistic.discriminator(scores.real_logits, scores.fake_logits)
+        return jnp.mean(losses + carried * (scores.r1 + scores.r2)), {"sign": jnp.sign(scores.real_logits).mean()}
 
     def generator_loss(g, d, batch, key, carried):
         real, fake = (critic.apply(d, x, batch["label"]) for x in (batch["image"], sample(g, batch, key)))

@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
     """Digits by a transformer, two steps."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     config = reduced(digits_diffusion, workdir=str(workdir), network="dit")
-    image_run.fit("digits_diffusion", config)
+    image_run.fit("digits_diffusion", config, image_diffusion)
     return workdir
 
 
@@ -62,7 +62,9 @@ def test_samples_of_a_transformer(trained):
     out = trained / "drawn.npz"
     for solver in ("heun", "ddim"):
         image_run.draw(
-            "digits_diffusion", image_diffusion.Sample(str(trained), out=str(out), count=6, steps=3, solver=solver)
+            "digits_diffusion",
+            image_diffusion.Sample(str(trained), out=str(out), count=6, steps=3, solver=solver),
+            image_diffusion,
         )
         with np.load(out) as arrays:
             assert arrays["image"].shape == (6, *SHAPE)
@@ -76,6 +78,7 @@ def test_runs_from_before_there_was_a_choice_are_read_and_resumed(tmp_path):
     for fields in ({"network": "dit"}, {"image_size": 8}):
         changed = image_run._identity(dataclasses.replace(config, **fields), SHAPE, CLASSES)
         assert fields.items() <= changed.items()
+        assert ("dit" in changed) == ("network" in fields)
         json.dumps(changed)
 
 
@@ -127,4 +130,4 @@ def test_settings_that_do_not_fit_are_refused(fields, message, tmp_path):
         image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(tmp_path / "run"), platform="cpu", **fields
     )
     with pytest.raises(ValueError, match=message):
-        image_run.fit("digits_diffusion", config)
+        image_run.fit("digits_diffusion", config, image_diffusion)

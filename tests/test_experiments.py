@@ -52,7 +52,7 @@ def records(workdir):
 
 
 def state(workdir):
-    method = image_diffusion.method(*image_run.recalled("digits_diffusion", workdir))
+    method = image_diffusion.method(*image_run.recalled("digits_diffusion", workdir, image_diffusion))
     like = place.state_shapes(method, place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.latest(), jax.tree.leaves(checkpoints.restore(like))
@@ -87,7 +87,7 @@ def trained(tmp_path_factory):
     """A smoke run of the digits, in this process."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     config = dataclasses.replace(image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(workdir), platform="cpu")
-    image_run.fit("digits_diffusion", config)
+    image_run.fit("digits_diffusion", config, image_diffusion)
     return workdir
 
 
@@ -104,7 +104,7 @@ def test_a_run_leaves_what_it_says(trained):
 def draw(trained, **options):
     out = trained / "drawn.npz"
     defaults = image_diffusion.Sample(str(trained), out=str(out), count=6, batch_size=8)
-    image_run.draw("digits_diffusion", dataclasses.replace(defaults, **options))
+    image_run.draw("digits_diffusion", dataclasses.replace(defaults, **options), image_diffusion)
     with np.load(out) as arrays:
         return arrays["image"], arrays["label"]
 
@@ -128,7 +128,7 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(diffusion, "sample", counted)
-    config, shape, classes = image_run.recalled("digits_diffusion", trained)
+    config, shape, classes = image_run.recalled("digits_diffusion", trained, image_diffusion)
     mesh = place.mesh(jax.devices()[:1])
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     params = image_diffusion.method(config, shape, classes).init(jax.random.key(0)).average
@@ -156,7 +156,7 @@ def test_published_settings_reduced(experiment, images, request, tmp_path):
         image_diffusion.smoke(experiment.CONFIG), workdir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"),
         platform="cpu", steps=2, warmup=1, batch_size=8, save_every=2, grid_every=2, sample_steps=2, judged=0,
     )  # fmt: skip
-    image_run.fit(f"{name}_diffusion", config)
+    image_run.fit(f"{name}_diffusion", config, image_diffusion)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
 
@@ -192,13 +192,13 @@ def test_meanflow_reduced(tmp_path):
 
 def test_another_experiments_directory_is_refused(trained):
     with pytest.raises(ValueError, match="is a run of 'digits_diffusion', not of 'mnist_diffusion'"):
-        image_run.draw("mnist_diffusion", image_diffusion.Sample(str(trained)))
+        image_run.draw("mnist_diffusion", image_diffusion.Sample(str(trained)), image_diffusion)
 
 
 def test_other_settings_are_refused(trained):
     config = dataclasses.replace(image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(trained), seed=1)
     with pytest.raises(ValueError, match="seed is 0 there, got 1"):
-        image_run.fit("digits_diffusion", config)
+        image_run.fit("digits_diffusion", config, image_diffusion)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,13 +45,13 @@ def test_a_run_leaves_what_it_says(trained):
 
 def draw(trained, **options):
     out = trained / "drawn.npz"
-    options = image_gan.Sample(str(trained), out=str(out), count=6, batch_size=8, **options)
+    options = image_gan.Sample(str(trained), **{"out": str(out), "count": 6, "batch_size": 8, **options})
     image_run.draw("digits_gan", options, image_gan)
     with np.load(out) as arrays:
         return arrays["image"], arrays["label"]
 
 
-def test_samples_are_functions_of_seed_index_class_and_spread(trained):
+def test_options_of_the_command_sample(trained):
     image, label = draw(trained, classes=(3, 7))
     assert image.shape == (6, *SHAPE)
     assert label.tolist() == [3, 7, 3, 7, 3, 7]
@@ -63,6 +65,19 @@ def test_samples_are_functions_of_seed_index_class_and_spread(trained):
     ):
         with pytest.raises(ValueError, match=message):
             draw(trained, **options)
+
+
+@pytest.mark.parametrize("network", ["r3gan", "dcgan"])
+def test_an_image_depends_on_seed_index_and_class_alone(network):
+    """Not on how many are drawn, how many at a time, or what stands beside it."""
+    config = dataclasses.replace(image_gan.smoke(digits_gan.CONFIG), network=network)
+    generator, _ = image_gan.networks(config, SHAPE, CLASSES)
+    params = generator.init(jax.random.key(0), jnp.zeros((1, config.latent)), jnp.zeros(1, int))
+    samples = image_gan.Samples(config, SHAPE, CLASSES, place.mesh(jax.devices()[:1]))
+    image = samples(params, np.array([3, 7, 1]), samples.own(), seed=0, batch_size=4)
+    for labels, batch_size in (([3, 7, 1, 1, 1, 1, 1, 1], 8), ([3, 7, 1, 0, 5], 2)):
+        other = samples(params, np.array(labels), samples.own(), seed=0, batch_size=batch_size)
+        np.testing.assert_allclose(other[:3], image, atol=1e-5)
 
 
 def test_a_state_that_was_stored_goes_on_bit_by_bit(tmp_path):
@@ -108,7 +123,7 @@ def test_settings_reach_the_method(network, loss):
     generator, discriminator = image_gan.networks(config, SHAPE, CLASSES)
     assert type(generator).__name__.lower() == network + "generator"
     assert type(discriminator).__name__.lower() == network + "discriminator"
-    assert generator.dtype == discriminator.dtype == "bfloat16"
+    assert generator.dtype == discriminator.dtype == jnp.bfloat16
     method = image_gan.method(config, SHAPE, CLASSES)
     batch = {
         "image": jax.ShapeDtypeStruct((8, *SHAPE), np.float32),
@@ -121,6 +136,52 @@ def test_settings_reach_the_method(network, loss):
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert set(image_gan.CURVES) <= metrics.keys()
+    assert after.carried.keys() == {"gamma"}
+
+
+def taken(steps, **fields):
+    """The states of a tiny run, after each step."""
+    config = dataclasses.replace(image_gan.smoke(digits_gan.CONFIG), batch_size=4, burn_in=2, **fields)
+    method = image_gan.method(config, SHAPE, CLASSES)
+    step, state = jax.jit(method.step), method.init(jax.random.key(0))
+    batches = data.batches(data.load("digits", split="train"), batch_size=4, seed=0)
+    states = []
+    for i in range(steps):
+        state, _ = step(state, batches(i), jax.random.key(1))
+        states.append(state)
+    assert step._cache_size() == 1
+    return states
+
+
+def test_schedules_are_of_steps_whatever_the_updates_in_one():
+    state = taken(3, discriminator_steps=2, learning_rate=1e-3, learning_rate_end=1e-4, beta2_end=0.99)[-1]
+    rates, memories = (
+        [float(player.opt_state.hyperparams[name]) for player in (state.discriminator, state.generator)]
+        for name in ("learning_rate", "b2")
+    )
+    np.testing.assert_allclose(rates, [1e-4] * 2, rtol=1e-5)
+    np.testing.assert_allclose(memories, [0.99] * 2, rtol=1e-5)
+    np.testing.assert_allclose(state.carried["gamma"], digits_gan.CONFIG.gamma_end, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_adas_probability_follows_the_settings():
+    ramp = [float(s.carried["probability"]) for s in taken(3, augment="ada", ada_target=None, ada_most=0.5)]
+    np.testing.assert_allclose(ramp, [0.25, 0.5, 0.5], rtol=1e-5)
+    capped = taken(2, augment="ada", ada_target=-1.0, ada_most=0.3, ada_images=8)
+    np.testing.assert_allclose([s.carried["probability"] for s in capped], [0.3, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 13, 60, 1000])
+def test_a_film_is_thinned_to_frames_ever_further_apart(count):
+    files = [Path(f"{i:07}.png") for i in range(count)]
+    chosen = [int(file.stem) for file in image_run._thinned(files)]
+    assert chosen[0] == 0
+    assert chosen[-1] == count - 1
+    assert min(count, 8) <= len(chosen) <= image_run.FRAMES
+    gaps = np.diff(chosen)
+    assert (gaps > 0).all()
+    assert (np.diff(gaps) >= -1).all()
 
 
 def test_schedules_go_from_end_to_end():
@@ -131,10 +192,12 @@ def test_schedules_go_from_end_to_end():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"widths": (8,)}, r"`widths` must be one for each of 4, 8 .. 8 pixels, the height of the images, got \(8,\)"),
+        ({"widths": (8,)}, r"`widths` must be 2 for images of 8 pixels, one for each of 4, 8 .. 8, got \(8,\)"),
+        ({"ema": 1.0}, r"`ema` must lie in \[0, 1\), got 1.0"),
+        ({"judge_steps": 0}, "`judge_steps` must be an integer of at least 1"),
         ({"batch_size": 10, "discriminator_steps": 3}, "`batch_size` must be a multiple of `discriminator_steps`"),
         ({"gamma": -1.0}, "`gamma` must lie in"),
-        ({"beta2": 1.5}, "`beta2` must lie in"),
+        ({"beta2": 1.0}, r"`beta2` must lie in \[0, 1\), got 1.0"),
         ({"ada_target": 2.0}, "`ada_target` must lie in"),
         ({"latent": 0}, "`latent` must be an integer of at least 1"),
         ({"judged": 2}, "`judged` must be 0 or at least 4"),
@@ -148,3 +211,13 @@ def test_settings_that_do_not_fit_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         image_run.fit("digits_gan", config, image_gan)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((28, 28, 1), "`dataset` must hold images of 4, 8, 16 .. pixels for the network r3gan, got 28"),
+     ((8, 16, 1), "`dataset` must hold square images, got 8 x 16")],
+)  # fmt: skip
+def test_images_that_a_network_cannot_make_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        image_gan.networks(digits_gan.CONFIG, shape, CLASSES)

@@ -1,4 +1,6 @@
-"""Generative adversarial networks: losses as pairs of functions of logits, and penalties of a critic's gradient.
+"""Generative adversarial networks: losses as pairs of functions of logits, and what keeps a critic in bounds.
+
+That is penalties of its gradient, spectral normalisation, and augmentation of what it sees.
 
 >>> import jax.numpy as jnp
 >>> from jaxgen import gan

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jaxgen import gan, nets
+from jaxgen.gan import coupling
 
 X = jax.random.normal(jax.random.key(0), (4, 4, 4, 3))
 W = jax.random.normal(jax.random.key(1), (3, 3, 3, 6))
@@ -315,3 +316,44 @@ def test_a_critic_with_a_state_of_its_own_is_not_remembered():
     before = gan.r1(critic, X)
     critic.scale = 2.0
     np.testing.assert_allclose(gan.r1(critic, X), 4 * before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("augment", [gan.ada, gan.diffaugment])
+def test_every_operation_of_our_critics_has_a_rule(normalised, augment, monkeypatch):
+    """Where JAX words an operation anew, detection falls silent by design; this test does not."""
+
+    class Strict(dict):
+        def get(self, name):
+            if name == "stop_gradient":  # passes nothing on
+                return None
+
+            def rule(equation, operands):
+                try:
+                    return self[name](equation, operands)
+                except Exception as error:
+                    raise AssertionError(f"no rule follows {equation}") from error
+
+            return rule
+
+    monkeypatch.setattr(coupling, "_RULES", Strict(coupling._RULES))
+    key, x, labels = jax.random.key(0), jnp.zeros((4, 8, 8, 3)), jnp.zeros(4, jnp.int32)
+    options = {"probability": 0.5} if augment is gan.ada else {}
+    if normalised:
+        networks = [nets.DCGANDiscriminator(8, 3, 10, (8, 16), nets.BatchNorm)]
+    else:
+        networks = [
+            nets.DCGANDiscriminator(8, 3, 10, (8, 16)),
+            nets.R3GANDiscriminator(3, 10, (16, 8), group_size=8),
+        ]
+    for network in networks:
+        params = jax.eval_shape(network.init, key, x, labels)
+
+        def logits(params, x, network=network):
+            return gan.penalised(lambda x: network.apply(params, augment(key, x, **options), labels), x)
+
+        if normalised:
+            with pytest.raises(ValueError, match="must score each example by itself"):
+                jax.eval_shape(logits, params, x)
+        else:
+            jax.eval_shape(logits, params, x)
