@@ -144,7 +144,7 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
     ("experiment", "images"),
     [
         pytest.param(mnist_diffusion, (28, 28, 1), id="mnist", marks=pytest.mark.slow),
-        pytest.param(cifar10_diffusion, (32, 32, 3), id="cifar10"),
+        pytest.param(cifar10_diffusion, (32, 32, 3), id="cifar10", marks=pytest.mark.slow),
     ],
     indirect=["images"],
 )

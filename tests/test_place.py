@@ -46,7 +46,9 @@ def train_for(placed, steps=20):
     return state, metrics
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["whole", "microbatched"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="whole"), pytest.param(2, id="microbatched", marks=pytest.mark.slow)]
+)
 def alone(request):
     """Twenty steps on one device, and the number of microbatches."""
     one = place.jit(method(microbatches=request.param), place.mesh(jax.devices()[:1]))
