@@ -285,7 +285,7 @@ def alternate(
 def _typed(leaf: Any) -> Array:
     """An array of the leaf's own dtype. A plain number's is weak: the second step would be another program."""
     leaf = jnp.asarray(leaf)
-    return leaf.astype(leaf.dtype)
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.astype(leaf.dtype)
 
 
 def _carried_on(feedback: Feedback, carried: Any, metrics: Metrics, step: Array) -> Any:

@@ -99,7 +99,10 @@ def test_feedback_follows_the_metrics_and_reaches_both_losses(k):
 
 def test_what_feedback_carries_from_a_plain_number_compiles_nothing_anew():
     player = train.Player(lambda p, q, *_: (0.0 * p, {}), optax.sgd(0.1), lambda key: jnp.zeros(()))
-    feedback = train.Feedback(lambda: {"p": 0.0, "n": 1}, lambda carried, metrics, step: {"p": 0.5, "n": 2})
+    feedback = train.Feedback(
+        lambda: {"p": 0.0, "n": 1, "key": KEY},
+        lambda carried, metrics, step: {"p": 0.5, "n": 2, "key": jax.random.fold_in(carried["key"], step)},
+    )
     method = train.alternate(player, player, feedback=feedback)
     step, state = jax.jit(method.step), method.init(KEY)
     for _ in range(3):
