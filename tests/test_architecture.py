@@ -12,12 +12,12 @@ import jaxgen
 ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
     **dict.fromkeys(["typing", "checks", "random"], 0),
-    **dict.fromkeys(["diffusion", "gan", "metrics", "nets", "testing"], 1),
+    **dict.fromkeys(["contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging"], 2),
     "place": 3,
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
 }
-FAMILIES = {"diffusion", "gan", "metrics", "nets"}
+FAMILIES = {"contrastive", "diffusion", "gan", "metrics", "nets"}
 # Only the host's side may name these; jaxgen.train alone knows optimisers.
 HOST_ONLY = {"grain", "tensorflow_datasets", "orbax", "tyro", "etils", "PIL", "matplotlib", "sklearn", "safetensors"}
 
@@ -65,6 +65,7 @@ def test_files_stay_short(file):
 
 def publics():
     for name in (
+        "contrastive",
         "diffusion",
         "gan",
         "metrics",

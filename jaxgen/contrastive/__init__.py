@@ -1,0 +1,19 @@
+"""Contrastive learning: losses of embeddings that compare every example with every other.
+
+>>> import jax, jax.numpy as jnp
+>>> from jaxgen import contrastive
+>>> first, second = jnp.eye(8), jnp.eye(8) + 0.1  # two views of eight examples, [n, d]
+>>> contrastive.nt_xent(first, second, temperature=0.5).shape  # one value per view, to be averaged
+(16,)
+>>> loss = lambda x: contrastive.nt_xent(x, second, block_size=4).mean()  # 16 x 4 similarities at a time, not 16 x 16
+>>> jax.grad(loss)(first).shape
+(8, 8)
+"""
+
+from jaxgen.contrastive.info_nce import info_nce
+from jaxgen.contrastive.nt_xent import dcl, nt_xent
+from jaxgen.contrastive.siglip import siglip
+from jaxgen.contrastive.similarity import normalise
+from jaxgen.contrastive.supcon import supcon
+
+__all__ = ["dcl", "info_nce", "normalise", "nt_xent", "siglip", "supcon"]
