@@ -24,6 +24,8 @@ the one loss of the global batch. There a device's gradient by its own embedding
 devices of their losses, which are all the same: the mean of the parameters' gradients is the loss's gradient.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -67,9 +69,9 @@ def vicreg(
     >>> round(float(vicreg(jnp.zeros((4, 8)), jnp.zeros((4, 8)))), 3)
     49.5
     """
-    for name, weight in (("invariance", invariance), ("variance", variance), ("covariance", covariance)):
-        _check_weight(name, weight)
     first, second, n = _checked(first, second, eps, axis_name)
+    invariance, variance = _weight("invariance", invariance), _weight("variance", variance)
+    covariance = _weight("covariance", covariance)
 
     def regularised(z: Array) -> Array:
         centred = z - _batch_mean(z, axis_name)
@@ -112,8 +114,8 @@ def barlow_twins(
     >>> barlow_twins(jnp.ones((4, 8)), jnp.ones((4, 8)))
     Array(8., dtype=float32)
     """
-    _check_weight("off_diagonal", off_diagonal)
     first, second, _ = _checked(first, second, eps, axis_name)
+    off_diagonal = _weight("off_diagonal", off_diagonal)
 
     def standardised(z: Array) -> Array:
         centred = z - _batch_mean(z, axis_name)
@@ -150,7 +152,8 @@ def _checked(first: Array, second: Array, eps: float, axis_name: str | None) -> 
     return first.astype(dtype), second.astype(dtype), n
 
 
-def _check_weight(name: str, weight: ArrayLike) -> None:
+def _weight(name: str, weight: ArrayLike) -> Array:
     checks.shape(name, weight, ())
     checks.finite(name, weight)
-    checks.interval(name, weight, 0, float("inf"))
+    checks.interval(name, weight, 0, math.inf)
+    return jnp.asarray(weight)
