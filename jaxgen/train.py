@@ -187,7 +187,9 @@ def minimise(
 
     def step(state: Minimising, batch: Batch, key: Key) -> tuple[Minimising, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        learner, metrics = _descend(loss, optimiser, state.learner, batch, key, microbatches, axis_name)
+        learner, metrics = descend(
+            loss, optimiser, state.learner, batch, key, microbatches=microbatches, axis_name=axis_name
+        )
         count = state.step + 1
         averaged = state.average if average is None else average.update(state.average, learner.params, count)
         return Minimising(count, learner, averaged), metrics
@@ -256,7 +258,7 @@ def alternate(
         def loss(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
             return player.loss(params, opponent.params, batch, key, carried)
 
-        return _descend(loss, player.optimiser, learner, batch, key, microbatches, axis_name)
+        return descend(loss, player.optimiser, learner, batch, key, microbatches=microbatches, axis_name=axis_name)
 
     def step(state: Alternating, batch: Batch, key: Key) -> tuple[Alternating, Metrics]:
         discriminator_key, generator_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -296,16 +298,33 @@ def _carried_on(feedback: Feedback, carried: Any, metrics: Metrics, step: Array)
     return new
 
 
-def _descend(
+def descend(
     loss: Loss,
     optimiser: optax.GradientTransformation,
     learner: Learner,
     batch: Batch,
     key: Key,
-    microbatches: int,
-    axis_name: str | None,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[Learner, Metrics]:
-    """One update of one player."""
+    """One update of one learner: the piece that methods are made of.
+
+    Args:
+        loss: ``(params, batch, key) -> (scalar, metrics)``.
+        optimiser: any optax gradient transformation.
+        learner: the parameters and the optimiser's state.
+        batch: what the loss takes.
+        key: what the loss takes.
+        microbatches: as in `minimise`.
+        axis_name: as in `minimise`.
+
+    Returns:
+        The learner after the update, and the loss's metrics with "loss" and "grad_norm".
+
+    Raises:
+        ValueError: ``microbatches`` does not divide the batch.
+    """
     params, opt_state = learner
 
     def gradients(batch: Batch, key: Key) -> tuple[Params, Metrics]:

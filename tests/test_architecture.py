@@ -13,7 +13,7 @@ ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
     **dict.fromkeys(["typing", "checks", "random"], 0),
     **dict.fromkeys(["contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
-    **dict.fromkeys(["train", "averaging"], 2),
+    **dict.fromkeys(["train", "averaging", "momentum"], 2),
     "place": 3,
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
 }
@@ -75,6 +75,7 @@ def publics():
         "testing",
         "train",
         "averaging",
+        "momentum",
         "place",
         "loop",
         "images",

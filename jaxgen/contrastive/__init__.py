@@ -15,5 +15,6 @@ from jaxgen.contrastive.nt_xent import dcl, nt_xent
 from jaxgen.contrastive.siglip import siglip
 from jaxgen.contrastive.similarity import normalise
 from jaxgen.contrastive.supcon import supcon
+from jaxgen.contrastive.targets import byol_loss, moco_loss
 
-__all__ = ["dcl", "info_nce", "normalise", "nt_xent", "siglip", "supcon"]
+__all__ = ["byol_loss", "dcl", "info_nce", "moco_loss", "normalise", "nt_xent", "siglip", "supcon"]
