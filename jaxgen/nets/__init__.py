@@ -11,15 +11,18 @@ from jaxgen.nets.convolution import Conv, ConvTranspose, convolve, convolve_tran
 from jaxgen.nets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxgen.nets.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from jaxgen.nets.embedding import LabelEmbedding, time_embedding
+from jaxgen.nets.heads import MLP
 from jaxgen.nets.initialisation import constant, init, normal, variance_scaling
 from jaxgen.nets.normalisation import BatchNorm, GroupNorm, RMSNorm, calibrate, layer_norm
 from jaxgen.nets.patches import patchify, unpatchify
 from jaxgen.nets.positions import Positions, rotary_positions, rotate, sincos, sincos_positions
 from jaxgen.nets.r3gan import R3GANDiscriminator, R3GANGenerator
 from jaxgen.nets.resample import bilinear_downsample, bilinear_upsample
+from jaxgen.nets.resnet import ResNet, ResNet18, ResNet34, ResNet50, Stem, WideResNet, cifar_stem, imagenet_stem
 from jaxgen.nets.unet import UNet
 
 __all__ = [
+    "MLP",
     "BatchNorm",
     "Conv",
     "ConvAutoencoder",
@@ -37,14 +40,22 @@ __all__ = [
     "R3GANDiscriminator",
     "R3GANGenerator",
     "RMSNorm",
+    "ResNet",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
     "SelfAttention",
+    "Stem",
     "UNet",
+    "WideResNet",
     "bilinear_downsample",
     "bilinear_upsample",
     "calibrate",
+    "cifar_stem",
     "constant",
     "convolve",
     "convolve_transpose",
+    "imagenet_stem",
     "init",
     "layer_norm",
     "normal",
