@@ -2,7 +2,7 @@
 
 With pixels y in [0, 1], g the grey of a pixel and s the ``strength``, every image goes through, in this order,
 
-    crop         a window of a parts of the area, its sides in the ratio r,
+    crop         a window of a parts of the area and r times the frame's width : height,
                  stretched to the frame     a uniform in [area, 1], log r uniform in +- log aspect          (1)
     flip         left and right exchanged   with probability ``flip``                                       (2)
     jitter       with probability ``jitter`` Eqs. 3-6, the pixels clipped to [0, 1] after each
@@ -16,8 +16,8 @@ With pixels y in [0, 1], g the grey of a pixel and s the ``strength``, every ima
 
 The paper writes the colours down twice, for two frameworks. From the first is the order, which stays the same: one that
 is shuffled would have a compiled program compute all 24 of them for every image. From the second is the brightness as a
-factor: as a sum it turns whole images white. Of our own are windows between pixels, and blurs that repeat the border
-where the paper's darkens it.
+factor: as a sum it turns whole images white. Of our own are windows between pixels, proportions to the frame's (square
+images do not tell), and blurs that repeat the border where the paper's darkens it.
 """
 
 import math
@@ -72,7 +72,8 @@ def random_view(
         TypeError: ``x`` is not floating, or ``key`` not a typed key.
 
     >>> x = jnp.zeros((2, 8, 8, 3))
-    >>> first, second = (random_view(half, x) for half in jax.random.split(jax.random.key(0)))
+    >>> view = jax.jit(random_view)
+    >>> first, second = (view(half, x) for half in jax.random.split(jax.random.key(0)))
     >>> first.shape
     (2, 8, 8, 3)
     """
@@ -105,7 +106,7 @@ def random_view(
 
 
 def _cropped(image: Array, sizes: Array, place: Array, area: float, aspect: float) -> Array:
-    """Eq. 1: of ten windows the first that fits into the image; else, in one of 10^6 cases or so, all of it."""
+    """Eq. 1: of ten windows the first that fits into the image; else all of it, once in 3 x 10^8 by default."""
     parts, stretches = area + (1 - area) * sizes[0], math.log(aspect) * (2 * sizes[1] - 1)
     sides = jnp.sqrt(parts * jnp.exp(jnp.stack([-stretches, stretches])))  # of the frame's height and width
     fits = jnp.all(sides <= 1, axis=0)
