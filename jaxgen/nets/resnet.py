@@ -85,7 +85,7 @@ class _Block(nn.Module):
 
     def _zero_scale(self, name: str, features: int) -> None:
         # Afterwards, so that ``norm`` can make any normalisation, told no more than its dtype and name.
-        params = self.get_variable("params", name) or {}
+        params: dict[str, Any] = self.get_variable("params", name) or {}
         if "scale" not in params:
             raise ValueError(f"`zero_init` needs a `norm` whose parameters hold 'scale', got {sorted(params)}")
         self.put_variable("params", name, {**params, "scale": constant(0.0)(None, (features,))})
