@@ -19,8 +19,8 @@ Barlow Twins (Zbontar et al. 2021, arXiv:2103.03230) descends, with u_j and u'_j
 the paper's Eqs. 1-2, but for eps: it stands in the authors' batch normalisation, and a dimension that has collapsed
 counts as uncorrelated by it.
 
-Both are functions of means over the batch. Under ``axis_name`` these are the means over all devices, so that each device
-has the one loss of the global batch, and the mean over devices of its gradients by shared parameters is the gradient.
+Both are functions of means over the batch. Under ``axis_name`` these are means over all devices: each device has the
+one loss of the global batch, and the mean over devices of its gradients by shared parameters is the loss's gradient.
 """
 
 import math

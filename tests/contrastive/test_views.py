@@ -202,8 +202,17 @@ def test_blurs_happen_with_their_probability():
     count_is(happened(only(X, blur=0.5), X, blurred)[visible], 0.5)
 
 
-def test_parts_compose_in_the_papers_order_and_draw_apart():
-    """No option changes what another part draws."""
+def test_parts_draw_independent_numbers():
+    corners, sides = windows(area=0.08)
+    places = corners[:, 0] / (1 - sides[:, 0]), corners[:, 1] / (1 - sides[:, 1])
+    windows_drawn = np.prod(sides, axis=1), sides[:, 0] / sides[:, 1], *places
+    happen = [np.any(only(X, **part) != X, axis=(1, 2, 3)) for part in PARTS[1:]]
+    correlations = np.corrcoef([*windows_drawn, *happen, *factors(1)])
+    assert np.abs(correlations - np.eye(12)).max() < 5 / np.sqrt(BATCH)
+
+
+def test_parts_compose_in_the_papers_order():
+    """And no option changes what another part draws."""
     in_turn = functools.reduce(lambda x, part: only(x, **part), PARTS, X)
     np.testing.assert_allclose(only(X, **functools.reduce(dict.__or__, PARTS)), in_turn, atol=1e-5)
 
