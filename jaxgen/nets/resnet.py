@@ -39,14 +39,17 @@ Norm = Callable[..., Any]
 
 
 class Stem(NamedTuple):
-    """What a ResNet's first layers are: a convolution, normalisation, ReLU and perhaps pooling."""
+    """The first layers of a ResNet: a convolution, normalisation, ReLU and perhaps pooling.
+
+    Attributes:
+        kernel_size: of the convolution, odd.
+        strides: of the convolution.
+        pool: whether the maximum over 3 x 3 pixels halves the image after it.
+    """
 
     kernel_size: int
-    """Of the convolution, odd."""
     strides: int
-    """By which it shrinks the image."""
     pool: bool
-    """Whether the maximum over 3 x 3 pixels halves the image once more."""
 
 
 imagenet_stem = Stem(kernel_size=7, strides=2, pool=True)
@@ -104,7 +107,8 @@ class ResNet(nn.Module):
     never do.
 
     Raises at trace time: TypeError for integer ``x``; ValueError for an ``x`` that is not [batch, height, width,
-    channels] or is empty, ``blocks`` that are empty, sizes below 1, an even ``kernel_size`` of the ``stem``.
+    channels] or is empty, ``blocks`` that are empty, sizes below 1, an even ``kernel_size`` of the ``stem``, a ``norm``
+    without a parameter 'scale' where ``zero_init`` is set.
 
     Attributes:
         blocks: per stage.
