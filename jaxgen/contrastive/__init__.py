@@ -1,4 +1,4 @@
-"""Contrastive learning: losses of embeddings that compare every example with every other.
+"""Contrastive learning: losses of embeddings, the views they compare, and what the embeddings are worth.
 
 >>> import jax, jax.numpy as jnp
 >>> from jaxgen import contrastive
@@ -10,11 +10,33 @@
 (8, 8)
 """
 
+from jaxgen.contrastive.caching import grad_cached
+from jaxgen.contrastive.evaluation import LinearProbe, alignment, knn_accuracy, linear_probe, uniformity
 from jaxgen.contrastive.info_nce import info_nce
 from jaxgen.contrastive.nt_xent import dcl, nt_xent
+from jaxgen.contrastive.redundancy import barlow_twins, vicreg
 from jaxgen.contrastive.siglip import siglip
 from jaxgen.contrastive.similarity import normalise
 from jaxgen.contrastive.supcon import supcon
 from jaxgen.contrastive.targets import byol_loss, moco_loss
+from jaxgen.contrastive.views import random_view
 
-__all__ = ["byol_loss", "dcl", "info_nce", "moco_loss", "normalise", "nt_xent", "siglip", "supcon"]
+__all__ = [
+    "LinearProbe",
+    "alignment",
+    "barlow_twins",
+    "byol_loss",
+    "dcl",
+    "grad_cached",
+    "info_nce",
+    "knn_accuracy",
+    "linear_probe",
+    "moco_loss",
+    "normalise",
+    "nt_xent",
+    "random_view",
+    "siglip",
+    "supcon",
+    "uniformity",
+    "vicreg",
+]

@@ -175,7 +175,7 @@ def _around(
         carry, shard, gathered = state
         carry, more = _along(visit, carry, shard, block_size)
         gathered = jax.tree.map(jnp.add, gathered, more)
-        # A shard is sent on while it is visited; after the last turn each is at home again.
+        # A shard can be on its way while it is visited; after the last turn each is at home again, with its gradients.
         return (carry, *lax.ppermute((shard, gathered), axis_name, neighbours)), None
 
     (carry, _, gathered), _ = lax.scan(turn, (carry, candidates, gathered), length=devices)

@@ -5,7 +5,6 @@
 A row of zeros has no direction; it stays zero, with cosine 0 to every other.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -59,7 +58,7 @@ def check_embeddings(name: str, x: Array, axis_name: str | None) -> None:
     """Refuses what is no batch of embeddings, and a global batch of one, which has nothing to be told apart from."""
     checks.floating(name, x)
     checks.shape(name, x, (None, None))
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
     if x.shape[0] * devices < 2:
         raise ValueError(f"`{name}` must hold at least 2 examples, got shape {list(x.shape)}")
 

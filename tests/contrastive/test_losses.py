@@ -109,9 +109,11 @@ def test_supcon_of_two_views_is_nt_xent():
     np.testing.assert_allclose(values, ours("nt_xent", temperature=0.5)(first, second), rtol=1e-6)
 
 
-def test_supcon_of_one_that_is_alone_is_zero_and_moves_nothing():
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_supcon_of_one_that_is_alone_is_zero_and_moves_nothing(block_size):
     x = jnp.asarray(embeddings()[0])
-    value, gradient = jax.jit(jax.value_and_grad(lambda x: contrastive.supcon(x, np.arange(N)).sum()))(x)
+    loss = jax.jit(jax.value_and_grad(lambda x: contrastive.supcon(x, np.arange(N), block_size=block_size).sum()))
+    value, gradient = loss(x)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
 

@@ -105,6 +105,21 @@ def test_rings_of_any_size_in_any_blocks(devices, block_size):
         assert_close(mapped("shard_map", "nt_xent", devices, block_size=block_size)(*arguments()), expected)
 
 
+def test_candidates_that_devices_share():
+    """Blocks on each device by itself, against the same second view: its gradient is summed over devices."""
+    with jax.enable_x64(True):
+        _, _, first, second, *_ = arguments()
+        second = second[: N // 2]
+        by_both = jax.grad(lambda *views: contrastive.info_nce(*views, block_size=3).sum(), argnums=(0, 1))
+        spec, mesh = PartitionSpec, jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        specs = (spec("data"), spec())
+        run = jax.jit(jax.shard_map(by_both, mesh=mesh, in_specs=specs, out_specs=specs))
+        plain = jax.jit(jax.grad(lambda *views: contrastive.info_nce(*views).sum(), argnums=(0, 1)))
+        halves = [plain(half, second) for half in (first[: N // 2], first[N // 2 :])]
+        expected = jnp.concatenate([halves[0][0], halves[1][0]]), halves[0][1] + halves[1][1]
+        assert_close(run(first, second), expected)
+
+
 @pytest.mark.parametrize("name", ["nt_xent", "siglip"])
 def test_reverse_derivatives_are_those_of_the_values(name):
     with jax.enable_x64(True):
