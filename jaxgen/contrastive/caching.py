@@ -5,7 +5,7 @@ sees the encoder f through the embeddings alone,
 
     dL / dparams = sum_i (dL / dz_i) (df(params, x_i) / dparams),    z_i = f(params, x_i)               (1)
 
-so Gao et al. 2021 (arXiv:2101.06983, section 3.2) take three passes: embed all examples chunk by chunk and keep nothing
+so Gao et al. 2021 (arXiv:2101.06983, section 3) take three passes: embed all examples chunk by chunk and keep nothing
 else; differentiate the loss by the embeddings, dL / dz_i, which they cache; run each chunk once more, pull its part of
 the cache back through it, and add up the sum of Eq. 1.
 

@@ -8,7 +8,7 @@ cosine similarity s_i to a test example, each votes for its class,
 A linear probe (Radford et al. 2021, arXiv:2103.00020, appendix A.3): logistic regression of the frozen features, whose
 weight decay is chosen on a part of the training examples and which is then fitted to all of them.
 
-Alignment and uniformity (Wang & Isola 2020, arXiv:2005.10242, Eqs. 3 and 5): what a contrastive loss trades, without
+Alignment and uniformity (Wang & Isola 2020, arXiv:2005.10242, section 4.1): what a contrastive loss trades, without
 labels. Of views x, y of one example and of embeddings x_i, all at unit length,
 
     alignment = E |x - y|^alpha                                                                     (2)
