@@ -63,8 +63,8 @@ def moco(
         queue_size: keys to tell the right one from, at least the global batch.
         temperature: above 0.
         average: how the target follows; ``train.ema(0.999, warmup=False)`` by default.
-        axis_name: the mapped axis over which the batch is split, for `place.pmap` or ``shard_map``; ``views`` must then
-            draw by the global index of an example. Under ``jit`` on a mesh nothing is needed.
+        axis_name: the mapped axis over which the batch is split, for `place.pmap` or ``shard_map(check_vma=False)``;
+            ``views`` must then draw by the global index of an example. Under ``jit`` on a mesh nothing is needed.
 
     Returns:
         A Method of state `Following`. Its metrics are "loss" (`contrastive.moco_loss`), "grad_norm" and "accuracy", the

@@ -327,16 +327,22 @@ def descend(
     """
     params, opt_state = learner
 
+    def averaged(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
+        value, metrics = loss(params, batch, key)
+        metrics = {**metrics, "loss": value}
+        # Inside of what is differentiated: shard_map sums the gradients of what devices share by itself.
+        return (value, metrics) if axis_name is None else jax.lax.pmean((value, metrics), axis_name)
+
     def gradients(batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return grads, {**metrics, "loss": value}
+        grads, metrics = jax.grad(averaged, has_aux=True)(params, batch, key)
+        return grads, metrics
 
     if microbatches == 1:
         grads, metrics = gradients(batch, key)
     else:
         grads, metrics = _accumulated(gradients, *_parts("microbatches", microbatches, batch, key))
     if axis_name is not None:
-        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        grads = jax.lax.pmean(grads, axis_name)
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
     updates, opt_state = optimiser.update(grads, opt_state, params)
     return Learner(optax.apply_updates(params, updates), opt_state), metrics

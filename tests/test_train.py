@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from jax.sharding import AxisType, PartitionSpec
+
 from jaxgen import train
 
 KEY = jax.random.key(0)
@@ -115,3 +117,25 @@ def test_every_step_draws_anew_and_a_run_repeats():
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_takes_the_step_of_the_whole(check_vma, microbatches):
+    """Whether or not JAX sums the gradients of shared parameters over devices by itself."""
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    spec = PartitionSpec("data")
+    method = train.minimise(
+        least_squares, optax.sgd(0.05), start, microbatches=microbatches, axis_name="data", average=train.ema(0.5)
+    )
+    step = jax.shard_map(
+        method.step,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spec, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=check_vma,
+    )
+    state, metrics = run(train.Method(method.init, step), 3)
+    whole, whole_metrics = run(train.minimise(least_squares, optax.sgd(0.05), start, average=train.ema(0.5)), 3)
+    for got, wanted in zip(jax.tree.leaves((state, metrics)), jax.tree.leaves((whole, whole_metrics)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
