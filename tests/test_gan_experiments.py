@@ -102,6 +102,7 @@ def test_a_state_that_was_stored_goes_on_bit_by_bit(tmp_path):
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [(32, 32, 3)], indirect=True)
 def test_published_settings_reduced(cifar10, tmp_path):
     """The whole experiment on served data: same code, fewer channels, two steps."""

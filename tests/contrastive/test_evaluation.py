@@ -195,6 +195,7 @@ def test_features_that_do_not_vary_are_left_out():
     assert np.all(np.isfinite(got.weights))
 
 
+@pytest.mark.slow
 def test_probe_of_digits_agrees_with_sklearn():
     train, train_labels, test, test_labels = digits()
     got = probe(jax.random.key(0), *digits(), classes=10)
@@ -356,6 +357,7 @@ def test_uniformity_memory_grows_with_the_block():
 # --- All
 
 
+@pytest.mark.slow
 def test_half_precision_is_computed_in_single():
     x, other = (features(40, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
     wide, other_wide = x.astype(np.float32), other.astype(np.float32)

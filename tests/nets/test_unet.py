@@ -213,6 +213,7 @@ def test_levels_by_number_are_those_of_their_height():
     assert params["params"].keys() - without.keys() == {"middle_attention"}
 
 
+@pytest.mark.slow
 def test_forward_mode_inside_reverse_mode():
     """MeanFlow's derivative along the path, differentiated by the parameters."""
     model = TINY.clone(channels=8, groups=4)
