@@ -58,6 +58,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_samples_of_a_transformer(trained):
     out = trained / "drawn.npz"
     for solver in ("heun", "ddim"):

@@ -95,6 +95,7 @@ def untrained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_is_read_and_the_learned_table_can_be_used_again(untrained, tmp_path, capsys):
     before = sorted(untrained.rglob("*"))
     learned_solver.fit(dataclasses.replace(learned_solver.SMOKE, run=str(untrained), out=str(tmp_path / "made")))

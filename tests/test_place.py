@@ -74,6 +74,7 @@ def test_eight_devices_under_jit(alone, fsdp, monkeypatch):
     agree(state, metrics, alone)
 
 
+@pytest.mark.slow
 def test_eight_devices_under_pmap(alone):
     placed = place.pmap(method(axis_name="data", microbatches=alone[2]))
     state, metrics = train_for(placed)

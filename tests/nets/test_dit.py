@@ -192,6 +192,7 @@ def test_agrees_with_diffusers():
     np.testing.assert_allclose(ours, expected.transpose(0, 2, 3, 1), atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_unrolled_and_recomputed_are_the_same_network():
     (params, arguments), variants = drawn(SMALL), ({"unroll": 3}, {"remat": jax.checkpoint_policies.nothing_saveable})
 
