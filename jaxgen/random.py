@@ -63,3 +63,24 @@ def draw(
 def normal(keys: Key, shape: Sequence[int], *, dtype: jnp.dtype = jnp.float32) -> Array:
     """Standard normal numbers [batch, *shape], example i from ``keys[i]``."""
     return draw(jax.random.normal, keys, shape, dtype)
+
+
+def per_image(function: Callable[[Key, Array], Array], key: Key, x: Array) -> Array:
+    """Applies ``function(key, image [height, width, channels])`` to every image with a key of its own.
+
+    Args:
+        function: computes in float32 at least; its draws should not depend on the image's dtype.
+        key: a single key, or [batch] keys.
+        x: [batch, height, width, channels], floating.
+
+    Returns:
+        [batch, height, width, channels] in the dtype of ``x``.
+
+    Raises:
+        ValueError: ``x`` is not of rank 4.
+        TypeError: ``x`` is not floating, or ``key`` not a typed key.
+    """
+    checks.floating("x", x)
+    checks.shape("x", x, (None, None, None, None))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.vmap(function)(keys_for(key, x.shape[0]), wide).astype(x.dtype)

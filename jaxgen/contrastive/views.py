@@ -77,8 +77,6 @@ def random_view(
     >>> first.shape
     (2, 8, 8, 3)
     """
-    checks.floating("x", x)
-    checks.shape("x", x, (None, None, None, None))
     _check_number("area", area, 0, 1)
     checks.positive("area", area)
     _check_number("aspect", aspect, 1, math.inf)
@@ -101,8 +99,7 @@ def random_view(
             image = jnp.where(u[3] < blur, _blurred(image, u[8]), image)
         return image
 
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.vmap(view)(random.keys_for(key, x.shape[0]), wide).astype(x.dtype)
+    return random.per_image(view, key, x)
 
 
 def _cropped(image: Array, sizes: Array, place: Array, area: float, aspect: float) -> Array:

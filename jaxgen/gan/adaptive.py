@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen import checks
-from jaxgen.gan.augmentation import check_strengths, per_example
+from jaxgen import checks, random
+from jaxgen.gan.augmentation import check_strengths
 from jaxgen.gan.colour import draw_colour, recolour
 from jaxgen.gan.geometry import draw_geometry, warp
 from jaxgen.typing import Array, ArrayLike, Key
@@ -115,7 +115,7 @@ def ada(
             image = recolour(image, draw_colour(colour_key, chance, **colour))
         return image
 
-    return per_example(augment, key, x)
+    return random.per_image(augment, key, x)
 
 
 def adapt_probability(

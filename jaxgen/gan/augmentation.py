@@ -15,7 +15,6 @@ DiffAugment (Zhao et al. 2020, arXiv:2006.10738) draws all of these for every im
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +72,7 @@ def diffaugment(
         image = image + contrast * c * (image - jnp.mean(image))
         return _cut_out(cutout_key, _translated(translation_key, image, translation), cutout)
 
-    return per_example(augment, key, x)
+    return random.per_image(augment, key, x)
 
 
 def _translated(key: Key, image: Array, ratio: float) -> Array:
@@ -100,27 +99,6 @@ def _cut_out(key: Key, image: Array, ratio: float) -> Array:
 
 def _rounded(pixels: float) -> int:
     return math.floor(pixels + 0.5)
-
-
-def per_example(augment: Callable[[Key, Array], Array], key: Key, x: Array) -> Array:
-    """Applies ``augment(key, image [height, width, channels])`` to every image with a key of its own.
-
-    Args:
-        augment: computes in float32 at least; its draws should not depend on the image's dtype.
-        key: a single key, or [batch] keys.
-        x: [batch, height, width, channels], floating.
-
-    Returns:
-        [batch, height, width, channels] in the dtype of ``x``.
-
-    Raises:
-        ValueError: ``x`` is not of rank 4.
-        TypeError: ``x`` is not floating, or ``key`` not a typed key.
-    """
-    checks.floating("x", x)
-    checks.shape("x", x, (None, None, None, None))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.vmap(augment)(random.keys_for(key, x.shape[0]), wide).astype(x.dtype)
 
 
 def check_strengths(**strengths: float) -> None:
