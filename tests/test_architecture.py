@@ -12,12 +12,12 @@ import jaxgen
 ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
     **dict.fromkeys(["typing", "checks", "random"], 0),
-    **dict.fromkeys(["contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
+    **dict.fromkeys(["attacks", "contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging", "momentum"], 2),
     "place": 3,
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
 }
-FAMILIES = {"contrastive", "diffusion", "gan", "metrics", "nets"}
+FAMILIES = {"attacks", "contrastive", "diffusion", "gan", "metrics", "nets"}
 # Only the host's side may name these; jaxgen.train alone knows optimisers.
 HOST_ONLY = {"grain", "tensorflow_datasets", "orbax", "tyro", "etils", "PIL", "matplotlib", "sklearn", "safetensors"}
 

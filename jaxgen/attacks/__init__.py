@@ -1,0 +1,1 @@
+"""Adversarial attacks on any callable, and defences against them."""
