@@ -22,13 +22,15 @@ Any function ``x -> [batch]`` is an objective. `Classified` also knows its class
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxgen import checks
 from jaxgen.typing import Array, ArrayLike, Objective
+
+Tree = TypeVar("Tree")
 
 Logits = Callable[[Array], Array]
 """``x [batch, ...] -> logits [batch, classes]``, parameters closed over."""
@@ -249,7 +251,8 @@ def evaluate(objective: Objective, x: Array) -> tuple[Array, Array]:
         x: [batch, ...].
 
     Returns:
-        Values [batch], in float32 at least, and [batch] bool, all False for an objective that does not know.
+        Values [batch], in the dtype of ``x``, float32 at least, and [batch] bool: all False for an objective that does
+        not know.
 
     Raises:
         ValueError: the value is not [batch].
@@ -258,7 +261,7 @@ def evaluate(objective: Objective, x: Array) -> tuple[Array, Array]:
     value, won = objective.judge(x) if isinstance(objective, Classified) else (objective(x), None)
     checks.floating("objective(x)", value)
     checks.shape("objective(x)", value, jnp.shape(x)[:1])
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value = value.astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
     return value, jnp.zeros(value.shape, bool) if won is None else won
 
 
@@ -302,6 +305,12 @@ class Best(NamedTuple):
     won: Array
 
 
+def unseen(x: Array) -> Best:
+    """Where a search begins: at ``x`` [batch, ...] of the value -inf, which any point that has a value beats."""
+    value = jnp.full(x.shape[:1], -jnp.inf, jnp.promote_types(x.dtype, jnp.float32))
+    return Best(x, value, jnp.zeros(x.shape[:1], bool))
+
+
 def better(best: Best, other: Best) -> Best:
     """The better of two for each example: the one that is won, then the one of the higher value.
 
@@ -312,9 +321,22 @@ def better(best: Best, other: Best) -> Best:
     Returns:
         The better ones.
     """
-    gain = (other.won & ~best.won) | ((other.won == best.won) & (other.value > best.value))
+    return choose((other.won & ~best.won) | ((other.won == best.won) & (other.value > best.value)), other, best)
+
+
+def choose(mask: Array, these: Tree, those: Tree) -> Tree:
+    """These examples where ``mask``, those elsewhere.
+
+    Args:
+        mask: bool, [batch], or a scalar for all examples.
+        these: a pytree of arrays [batch, ...].
+        those: another of its structure and shapes.
+
+    Returns:
+        A pytree of the same structure and shapes.
+    """
     return jax.tree.map(
-        lambda new, old: jnp.where(gain.reshape(gain.shape + (1,) * (new.ndim - 1)), new, old), other, best
+        lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b), these, those
     )
 
 

@@ -135,6 +135,31 @@ def beside(value: ArrayLike, x: Array) -> Array:
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
+def step_length(threat: ThreatModel, x: Array, step_size: ArrayLike | None, *, default: float) -> Array:
+    """The length of an attack's steps, shaped to multiply ``x``.
+
+    Args:
+        threat: the threat model.
+        x: [batch, ...].
+        step_size: a scalar or [batch], at least 0; None for the default.
+        default: in parts of ``threat.eps``.
+
+    Returns:
+        A scalar, or [batch, 1, ...].
+
+    Raises:
+        ValueError: ``step_size`` has another shape or is known to be out of range, or is left to an infinite radius.
+    """
+    if step_size is None:
+        checks.finite("threat.eps", threat.eps)
+        return default * beside(threat.eps, x)
+    if jnp.ndim(step_size) != 0:
+        checks.shape("step_size", step_size, x.shape[:1])
+    checks.interval("step_size", step_size, 0.0, math.inf)
+    checks.finite("step_size", step_size)
+    return beside(step_size, x)
+
+
 def project(threat: ThreatModel, x: Array, center: Array) -> Array:
     """The nearest point of ball and bounds, Eqs. 2-4, of each example: exact, of both at once.
 
