@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from experiments import image_data, image_settings
 from experiments.image_draws import Draws
-from experiments.image_settings import Settings
+from experiments.image_settings import Generating
 from jaxgen import checks, diffusion, nets, train
 from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Params, Table
 
@@ -55,7 +55,7 @@ class Transformer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoising(Settings):
+class Denoising(Generating):
     """Settings of a training run, whatever the path and the loss."""
 
     warmup: int = 200
@@ -191,7 +191,7 @@ CURVES = ("loss", "grad_norm")  # of training, as a figure
 
 def check(config: Denoising) -> None:
     """Raises ValueError where a setting is out of range or does not fit another."""
-    image_settings.check(config)
+    image_settings.check_generating(config)
     checks.positive_integer("sample_steps", config.sample_steps)
     for steps in config.judged_steps:
         checks.positive_integer("judged_steps", steps)

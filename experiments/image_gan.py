@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from experiments import image_data, image_settings
 from experiments.image_draws import Draws
-from experiments.image_settings import Settings
+from experiments.image_settings import Generating
 from jaxgen import checks, gan, nets, random, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
@@ -38,7 +38,7 @@ UPRIGHT: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Settings):
+class Config(Generating):
     """Settings of a training run; ``batch_size`` images are split among the discriminator's updates of a step."""
 
     loss: Literal["minimax", "nonsaturating", "least_squares", "hinge", "wasserstein", "relativistic"] = "relativistic"
@@ -126,7 +126,7 @@ CURVES = ("discriminator_loss", "generator_loss", "discriminator_r1", "discrimin
 
 def check(config: Config) -> None:
     """Raises ValueError where a setting is out of range or does not fit another."""
-    image_settings.check(config)
+    image_settings.check_generating(config)
     for field in ("discriminator_steps", "burn_in", "ada_images", "latent"):
         checks.positive_integer(field, getattr(config, field))
     checks.positive("learning_rate_end", config.learning_rate_end)

@@ -1,4 +1,4 @@
-"""Settings that all image experiments share, whatever they train, and what all of them can be asked to draw."""
+"""Settings that image experiments share, whatever they train, and what those that generate can be asked to draw."""
 
 import dataclasses
 from typing import Literal
@@ -32,27 +32,35 @@ class Settings:
     microbatches: int = 1
     """Parts that each batch is split into, one after the other, to save memory."""
     learning_rate: float = 2e-3
-    """Learning rate of Adam: the largest of a diffusion, the first of a GAN."""
+    """Learning rate: its largest, or of a GAN the first."""
     ema: float = 0.999
-    """Decay of the average of the parameters, which is what samples."""
-    flip: bool = False
-    """Whether training images are mirrored at random."""
+    """Decay of the average of the parameters, which is what serves after training."""
     image_size: int | None = None
     """Side to which images are cropped and shrunk as they are read, for data sets that do not fit into memory."""
     bfloat16: bool = False
     """Whether to compute in bfloat16; parameters stay float32."""
 
-    judged: int = 1000
-    """Samples that the judge measures at the end; 0 for no judge."""
-    judge_steps: int = 1500
-    """Training steps of the judge."""
-
     log_every: int = 20
     """Steps between records of metrics."""
     save_every: int = 500
     """Steps between checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generating(Settings):
+    """Settings of a training run of what makes images."""
+
+    flip: bool = False
+    """Whether training images are mirrored at random."""
     grid_every: int = 500
     """Steps between grids of samples."""
+    judged: int = 1000
+    """Samples that the judge measures at the end; 0 for no judge."""
+    judge_steps: int = 1500
+    """Training steps of the judge."""
+    features: str | None = None
+    """Directory of a contrastive run on images of this shape, whose encoder's features serve for the Fréchet distance,
+    precision and recall; the judge's by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +88,28 @@ class Sample:
 
 def check(config: Settings) -> None:
     """Raises ValueError where a setting is out of range or does not fit another."""
-    for field in ("steps", "batch_size", "microbatches", "judge_steps", "log_every", "save_every", "grid_every"):
+    for field in ("steps", "batch_size", "microbatches", "log_every", "save_every"):
         checks.positive_integer(field, getattr(config, field))
     checks.positive("learning_rate", config.learning_rate)
     if not 0 <= config.ema < 1:
         raise ValueError(f"`ema` must lie in [0, 1), got {config.ema}")
-    if config.judged != 0 and config.judged < 4:
-        raise ValueError(f"`judged` must be 0 or at least 4, to have neighbours among the samples, got {config.judged}")
     if config.image_size is not None:
         checks.positive_integer("image_size", config.image_size)
-        if config.judged:
-            raise ValueError(
-                f"`judged` must be 0 with an `image_size`: the judge needs all images, got {config.judged}"
-            )
     if config.batch_size % config.microbatches:
         raise ValueError(f"`microbatches` must divide `batch_size`, {config.batch_size}, got {config.microbatches}")
+
+
+def check_generating(config: Generating) -> None:
+    """Raises ValueError where a setting is out of range or does not fit another."""
+    check(config)
+    for field in ("judge_steps", "grid_every"):
+        checks.positive_integer(field, getattr(config, field))
+    if config.judged != 0 and config.judged < 4:
+        raise ValueError(f"`judged` must be 0 or at least 4, to have neighbours among the samples, got {config.judged}")
+    if config.judged and config.image_size is not None:
+        raise ValueError(f"`judged` must be 0 with an `image_size`: the judge needs all images, got {config.judged}")
+    if config.features is not None and not config.judged:
+        raise ValueError("`features` are the judge's, got a directory and `judged` 0")
 
 
 def check_sample(options: Sample) -> None:

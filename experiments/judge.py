@@ -2,11 +2,11 @@
 
 It sees training images only, so its accuracy on held-out ones is honest; what it recognises in generated images, and
 the Fréchet distance between its features of generated and of real ones, are then measures of quality that no generator
-was trained on.
+was trained on. The features can be another network's.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,18 +92,54 @@ def train_judge(
     return judge._replace(accuracy=float((predicted == held_out["label"]).mean()))
 
 
+class Real(NamedTuple):
+    """Real images, seen once: what samples are measured against.
+
+    Attributes:
+        images: [n, ...] in [-1, 1], those of training.
+        features: [n, any] of them.
+        held_out: how many other images there were.
+        few: how many of these, or of samples, precision and recall are of, since both change with the number.
+        floor: what the held-out images score, by the names of `report`'s numbers.
+    """
+
+    images: np.ndarray
+    features: np.ndarray
+    held_out: int
+    few: int
+    floor: dict[str, float]
+
+
+Features = Callable[[np.ndarray], np.ndarray]
+"""Images [n, height, width, channels] in [-1, 1] -> [n, any]."""
+
+
+def seen(
+    features: Features, training: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], *, judged: int
+) -> Real:
+    """Real uint8 images, and what held-out ones score, for ``judged`` samples to be measured against."""
+    real, fresh = data.to_unit(training["image"]), data.to_unit(held_out["image"])
+    of_real, few = features(real), min(judged, len(fresh))
+    nearest = float(np.median(_neighbours(fresh, real)[0]))
+    floor = {**_distances(features(fresh), of_real, few), "nearest_training_image": nearest}
+    return Real(real, of_real, len(fresh), few, floor)
+
+
 def report(
-    judge: Judge,
-    drawn: np.ndarray,
-    labels: np.ndarray,
-    training: Mapping[str, np.ndarray],
-    held_out: Mapping[str, np.ndarray],
-    workdir: Path,
+    judge: Judge, drawn: np.ndarray, labels: np.ndarray, real: Real, workdir: Path, *, features: Features | None = None
 ) -> str:
-    """Measures class-conditional samples [n, ...] in [-1, 1] against the real images.
+    """Measures class-conditional samples [n, ...] in [-1, 1] against real images.
 
     Writes quality.json and neighbours.png, rows of samples, each above the training images nearest to them, into
     ``workdir``, which it makes if need be.
+
+    Args:
+        judge: recognises classes.
+        drawn: the samples.
+        labels: [n], the classes asked for.
+        real: by `seen`, of the same features.
+        workdir: where to write.
+        features: what to compare; the judge's by default.
 
     Returns:
         What a person should read: the share of samples that the judge takes for the class asked for, and of how many
@@ -111,45 +147,42 @@ def report(
         precision and recall of the two; the median distance in pixels to the nearest training image: samples that were
         copies would be nearer than real images are. The last three beside those of held-out images.
     """
-    real, fresh = data.to_unit(training["image"]), data.to_unit(held_out["image"])
-    predicted, features = judge(drawn)
-    (_, real_features), (_, fresh_features) = judge(real), judge(fresh)
-    distance, manifolds = jax.jit(metrics.frechet_distance), jax.jit(metrics.precision_recall)
-    few = min(len(features), len(fresh_features))  # both change with the number of points
-    (precision, recall), (fresh_precision, fresh_recall) = (
-        map(float, manifolds(seen[:few], real_features)) for seen in (features, fresh_features)
-    )
-    distances, nearest = _neighbours(drawn, real)
+    predicted, own = judge(drawn)
+    distances, nearest = _neighbours(drawn, real.images)
     right = predicted == labels
+    covered = sum(bool(right[labels == label].mean() >= 0.5) for label in set(labels.tolist()))
     scores = {
-        "judge_accuracy": judge.accuracy,
-        "recognised": float(right.mean()),
-        "classes_covered": sum(bool(right[labels == label].mean() >= 0.5) for label in set(labels.tolist())),
-        "frechet": float(distance(features, real_features)),
-        "frechet_floor": float(distance(fresh_features, real_features)),
-        "precision": precision,
-        "recall": recall,
-        "precision_floor": fresh_precision,
-        "recall_floor": fresh_recall,
+        **_distances(own if features is None else features(drawn), real.features, real.few),
         "nearest_training_image": float(np.median(distances)),
-        "nearest_training_image_floor": float(np.median(_neighbours(fresh, real)[0])),
     }
+    held_out = {f"{name}_floor": value for name, value in real.floor.items()}
+    told = {"judge_accuracy": judge.accuracy, "recognised": float(right.mean()), "classes_covered": covered}
     workdir.mkdir(exist_ok=True)
-    (workdir / "quality.json").write_text(json.dumps(scores, indent=2) + "\n")
+    (workdir / "quality.json").write_text(json.dumps({**told, **scores, **held_out}, indent=2) + "\n")
     rows, columns = 3, judge.network.classes
-    pairs = [images[row * columns : (row + 1) * columns] for row in range(rows) for images in (drawn, real[nearest])]
+    pairs = [
+        images[row * columns : (row + 1) * columns] for row in range(rows) for images in (drawn, real.images[nearest])
+    ]
     save_grid(workdir / "neighbours.png", np.concatenate(pairs), columns=columns)
+    floor, whose = real.floor, "its" if features is None else "the encoder's"
     return (
-        f"a classifier that is right on {scores['judge_accuracy']:.1%} of {len(fresh)} held-out images recognises "
-        f"{scores['recognised']:.1%} of {len(drawn)} samples as the class asked for, and at least half in "
-        f"{scores['classes_covered']} of {judge.network.classes} classes\n"
-        f"Fréchet distance on its features from the training images: samples {scores['frechet']:.2f}, "
-        f"held-out images {scores['frechet_floor']:.2f}\n"
-        f"precision and recall on them: samples {precision:.2f} and {recall:.2f}, "
-        f"held-out images {fresh_precision:.2f} and {fresh_recall:.2f}\n"
+        f"a classifier that is right on {judge.accuracy:.1%} of {real.held_out} held-out images recognises "
+        f"{right.mean():.1%} of {len(drawn)} samples as the class asked for, and at least half in "
+        f"{covered} of {columns} classes\n"
+        f"Fréchet distance on {whose} features from the training images: "
+        f"samples {scores['frechet']:.3g}, held-out images {floor['frechet']:.3g}\n"
+        f"precision and recall on them: samples {scores['precision']:.2f} and {scores['recall']:.2f}, "
+        f"held-out images {floor['precision']:.2f} and {floor['recall']:.2f}\n"
         f"median distance to the nearest training image: samples {scores['nearest_training_image']:.2f}, "
-        f"held-out images {scores['nearest_training_image_floor']:.2f} (copies would be near 0); see neighbours.png"
+        f"held-out images {floor['nearest_training_image']:.2f} (copies would be near 0); see neighbours.png"
     )
+
+
+def _distances(features: np.ndarray, real: np.ndarray, few: int) -> dict[str, float]:
+    """The Fréchet distance, and precision and recall of the first ``few``."""
+    precision, recall = map(float, jax.jit(metrics.precision_recall)(features[:few], real))
+    frechet = float(jax.jit(metrics.frechet_distance)(features, real))
+    return {"frechet": frechet, "precision": precision, "recall": recall}
 
 
 def _neighbours(images: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,8 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import image_diffusion, image_run
-from jaxgen import checkpoint, checks, cli, diffusion, images, loop, place, run, train
+from experiments import image_diffusion, image_training
+from jaxgen import checks, cli, diffusion, images, loop, place, run, train
 from jaxgen.diffusion.path import noise_ratio
 from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Table
 
@@ -184,10 +184,9 @@ def recalled(workdir: Path) -> Model:
     name = run.read_config(workdir)["experiment"]
     if name not in EXPERIMENTS:
         raise ValueError(f"`run` {workdir} is a run of {name!r}, not of one of {', '.join(EXPERIMENTS)}")
-    config, shape, classes = image_run.recalled(name, workdir, image_diffusion)
+    config, shape, classes = image_training.recalled(workdir, image_diffusion.Config, name)
     mesh = place.mesh(jax.devices()[:1])
-    with checkpoint.Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        params = checkpoints.restore(place.state_shapes(image_diffusion.method(config, shape, classes), mesh)).average
+    params = image_training.restored(workdir, image_diffusion.method(config, shape, classes), mesh).average
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     any_table = samples.table("ddim", 1)  # which these denoisers do not look at
 

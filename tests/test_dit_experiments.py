@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import digits_diffusion, image_data, image_diffusion, image_flow, image_run, imagenet_dit
+from experiments import (
+    digits_diffusion,
+    image_data,
+    image_diffusion,
+    image_flow,
+    image_run,
+    image_training,
+    imagenet_dit,
+)
 from experiments.image_diffusion import Transformer
 from jaxgen import diffusion, nets
 from jaxgen.checkpoint import Checkpoints
@@ -38,7 +46,7 @@ def test_published_settings_reduced(imagenet2012, tmp_path):
     image_run.fit("imagenet_dit", config, image_flow)
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
-    recalled, shape, classes = image_run.recalled("imagenet_dit", tmp_path / "run", image_flow)
+    recalled, shape, classes = image_training.recalled(tmp_path / "run", image_flow.Config, "imagenet_dit")
     assert (recalled.dit, shape, classes) == (transformer, (32, 32, 3), 1000)
 
 
@@ -74,10 +82,10 @@ def test_samples_of_a_transformer(trained):
 
 def test_runs_from_before_there_was_a_choice_are_read_and_resumed(tmp_path):
     config = dataclasses.replace(digits_diffusion.CONFIG, workdir=str(tmp_path))
-    identity = image_run._identity(config, SHAPE, CLASSES)
+    identity = image_training.identity(config, SHAPE, CLASSES)
     assert not {"network", "dit", "image_size"} & identity.keys()
     for fields in ({"network": "dit"}, {"image_size": 8}):
-        changed = image_run._identity(dataclasses.replace(config, **fields), SHAPE, CLASSES)
+        changed = image_training.identity(dataclasses.replace(config, **fields), SHAPE, CLASSES)
         assert fields.items() <= changed.items()
         assert ("dit" in changed) == ("network" in fields)
         json.dumps(changed)

@@ -23,6 +23,7 @@ from experiments import (
     image_diffusion,
     image_meanflow,
     image_run,
+    image_training,
     mnist_diffusion,
 )
 from jaxgen import diffusion, place
@@ -52,7 +53,7 @@ def records(workdir):
 
 
 def state(workdir):
-    method = image_diffusion.method(*image_run.recalled("digits_diffusion", workdir, image_diffusion))
+    method = image_diffusion.method(*image_training.recalled(workdir, image_diffusion.Config, "digits_diffusion"))
     like = place.state_shapes(method, place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.latest(), jax.tree.leaves(checkpoints.restore(like))
@@ -128,7 +129,7 @@ def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(diffusion, "sample", counted)
-    config, shape, classes = image_run.recalled("digits_diffusion", trained, image_diffusion)
+    config, shape, classes = image_training.recalled(trained, image_diffusion.Config, "digits_diffusion")
     mesh = place.mesh(jax.devices()[:1])
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     params = image_diffusion.method(config, shape, classes).init(jax.random.key(0)).average

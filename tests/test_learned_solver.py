@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import digits_diffusion, image_diffusion, image_run, learned_solver
+from experiments import digits_diffusion, image_diffusion, image_training, learned_solver
 from jaxgen import diffusion, place, run, testing
 from jaxgen.checkpoint import Checkpoints
 
@@ -87,7 +87,7 @@ def untrained(tmp_path_factory):
     config = dataclasses.replace(
         image_diffusion.smoke(digits_diffusion.CONFIG), workdir=str(workdir), multipliers=(1,), attention=()
     )
-    run.claim(workdir, "digits_diffusion", image_run._identity(config, (8, 8, 1), 10))
+    run.claim(workdir, "digits_diffusion", image_training.identity(config, (8, 8, 1), 10))
     method = place.jit(image_diffusion.method(config, (8, 8, 1), 10), place.mesh(jax.devices()[:1]))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, method.init(jax.random.key(0)))
