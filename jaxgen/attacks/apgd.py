@@ -34,7 +34,8 @@ import numpy as np
 
 from jaxgen import checks
 from jaxgen.attacks.objectives import Best, better, choose, evaluate_and_gradient, unseen
-from jaxgen.attacks.threat import ThreatModel, beside, check, project, steepest
+from jaxgen.attacks.steepest import steepest
+from jaxgen.attacks.threat import ThreatModel, beside, check, project
 from jaxgen.attacks.threat import random_start as draw_start
 from jaxgen.typing import Array, Key, Objective
 

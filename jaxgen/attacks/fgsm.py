@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxgen import checks
 from jaxgen.attacks.objectives import evaluate_and_gradient
-from jaxgen.attacks.threat import ThreatModel, check, project, steepest, step_length
+from jaxgen.attacks.steepest import advance, step_length
+from jaxgen.attacks.threat import ThreatModel, check, project
 from jaxgen.attacks.threat import random_start as draw_start
 from jaxgen.typing import Array, ArrayLike, Key, Objective
 
@@ -60,5 +61,5 @@ def fgsm(
     length = step_length(threat, x, step_size, default=1.0)
     start = draw_start(key, threat, x) if random_start else x
     _, _, gradient = evaluate_and_gradient(objective, start)
-    moved = start + length * steepest(threat.norm, gradient, share=share)
-    return project(threat, moved.astype(x.dtype), x)
+    moved = advance(threat, start, gradient, length, share=share)
+    return project(threat, moved, x)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jaxgen import checks
 from jaxgen.attacks.objectives import Best, better, evaluate, evaluate_and_gradient, unseen
-from jaxgen.attacks.threat import ThreatModel, check, project, steepest, step_length
+from jaxgen.attacks.steepest import advance, step_length
+from jaxgen.attacks.threat import ThreatModel, check, project
 from jaxgen.attacks.threat import random_start as draw_start
 from jaxgen.typing import Array, ArrayLike, Key, Objective
 
@@ -86,8 +87,8 @@ def pgd(
             best = better(best, Best(now, value, won))
         if momentum is not None:
             momentum = gradient = jnp.asarray(decay, momentum.dtype) * momentum + _unit_1(gradient)
-        moved = now + length * steepest(threat.norm, gradient, share=share)
-        return (project(threat, moved.astype(x.dtype), x), momentum, best), None
+        moved = advance(threat, now, gradient, length, share=share)
+        return (project(threat, moved, x), momentum, best), None
 
     momentum = None if decay is None else jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     best = unseen(start) if keep_best else None

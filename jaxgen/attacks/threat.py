@@ -59,7 +59,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         """Refuses what is known to be wrong."""
-        _check_norm(self.norm)
+        check_norm(self.norm)
         object.__setattr__(self, "norm", float(self.norm))
         if _known(self.eps):
             checks.interval("eps", self.eps, 0.0, math.inf)
@@ -133,31 +133,6 @@ def beside(value: ArrayLike, x: Array) -> Array:
     """
     value = jnp.asarray(value, jnp.promote_types(x.dtype, jnp.float32))
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
-
-
-def step_length(threat: ThreatModel, x: Array, step_size: ArrayLike | None, *, default: float) -> Array:
-    """The length of an attack's steps, shaped to multiply ``x``.
-
-    Args:
-        threat: the threat model.
-        x: [batch, ...].
-        step_size: a scalar or [batch], at least 0; None for the default.
-        default: in parts of ``threat.eps``.
-
-    Returns:
-        A scalar, or [batch, 1, ...].
-
-    Raises:
-        ValueError: ``step_size`` has another shape or is known to be out of range, or is left to an infinite radius.
-    """
-    if step_size is None:
-        checks.finite("threat.eps", threat.eps)
-        return default * beside(threat.eps, x)
-    if jnp.ndim(step_size) != 0:
-        checks.shape("step_size", step_size, x.shape[:1])
-    checks.interval("step_size", step_size, 0.0, math.inf)
-    checks.finite("step_size", step_size)
-    return beside(step_size, x)
 
 
 def project(threat: ThreatModel, x: Array, center: Array) -> Array:
@@ -293,7 +268,7 @@ def distance(norm: float, x: Array, center: Array) -> Array:
     >>> distance(2, jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2)))
     Array([5.], dtype=float32)
     """
-    _check_norm(norm)
+    check_norm(norm)
     checks.same_shape("center", center, "x", x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     a = jnp.abs(x.astype(wide) - center.astype(wide)).reshape(x.shape[0], -1)
@@ -304,50 +279,8 @@ def distance(norm: float, x: Array, center: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.square(a), axis=1))
 
 
-def steepest(norm: float, gradient: Array, *, share: ArrayLike = 0.01) -> Array:
-    """The direction of unit norm along which a linear function of this gradient rises.
-
-    It rises the most along sign(g) for inf and along g / ||g||_2 for 2. For 1 that would be the one largest
-    coordinate, of which a network's bounds leave little: there it is the sign of a share of the largest ones (SLIDE,
-    Tramèr & Boneh 2019, arXiv:1904.13000, section 3.3).
-
-    Args:
-        norm: 1, 2 or ``math.inf``.
-        gradient: [batch, ...], floating.
-        share: of the coordinates that move, in [0, 1], for norm 1; a scalar or [batch]. One moves at least, and all
-            that are as large as the last of them.
-
-    Returns:
-        The shape of ``gradient``, in float32 at least; zero where an example's gradient is zero.
-
-    Raises:
-        ValueError: ``norm`` is another one, or ``share`` is out of range.
-
-    >>> steepest(1, jnp.array([[0.0, -3.0, 2.0, 1.0]]), share=0.5)
-    Array([[ 0. , -0.5,  0.5,  0. ]], dtype=float32)
-    """
-    _check_norm(norm)
-    checks.interval("share", share, 0.0, 1.0)
-    g = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    if norm == math.inf:
-        return jnp.sign(g)
-    rows = g.reshape(g.shape[0], -1)
-    a = jnp.abs(rows)
-    if norm == 1:
-        n = a.shape[1]
-        moving = jnp.clip(jnp.ceil(beside(share, rows) * n).astype(int), 1, n) * jnp.ones((a.shape[0], 1), int)
-        least = jnp.take_along_axis(jnp.sort(a, axis=1), n - moving, axis=1)
-        signs = jnp.where(a >= least, jnp.sign(rows), 0)
-        rows = signs / jnp.maximum(jnp.sum(jnp.abs(signs), axis=1, keepdims=True), 1)
-    else:
-        # By the largest first: the squares of the small gradients of a confident network would vanish.
-        largest = jnp.max(a, axis=1, keepdims=True, initial=0)
-        rows = rows / jnp.where(largest > 0, largest, 1)
-        rows = rows / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(rows), axis=1, keepdims=True)), 1)
-    return rows.reshape(g.shape)
-
-
-def _check_norm(norm: Any) -> None:
+def check_norm(norm: Any) -> None:
+    """Raises ValueError unless ``norm`` is 1, 2 or ``math.inf``."""
     if isinstance(norm, bool) or norm not in (1, 2, math.inf):
         raise ValueError(f"`norm` must be 1, 2 or math.inf, got {norm!r}")
 
