@@ -8,7 +8,7 @@ labels, by nearest neighbours, and by eye.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from experiments import image_data, image_settings, image_training, representation
 from experiments.image_settings import Platform, Settings
+from experiments.representation import Features
 from jaxgen import checks, cli, contrastive, data, images, log, nets, place, run, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
@@ -190,29 +191,33 @@ def _optimiser(config: Config) -> optax.GradientTransformation:
     )
 
 
-class Encoder:
-    """The features of images by given parameters, by one compiled program whatever their number."""
+class Encoding:
+    """Features of images, by one compiled program whatever the parameters and the number of images."""
 
-    def __init__(self, config: Config, params: Params, training: np.ndarray, mesh: Mesh) -> None:
-        """Prepares an encoder's parameters; BatchNorm takes its statistics from training images, uint8."""
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        """Prepares to encode images; nothing is compiled yet."""
         network = encoder_of(config)
-        if config.norm == "batch":
-            apply = jax.jit(network.apply, static_argnames="mutable")
-            some = training[:CALIBRATED]
-            parts = (some[i : i + ENCODED] for i in range(0, len(some), ENCODED))
-            params = nets.calibrate(apply, params, (data.to_unit(part) for part in parts))
-        self._params, self._size = params, -(-ENCODED // mesh.size) * mesh.size
+        self._by_batch, self._size = config.norm == "batch", -(-ENCODED // mesh.size) * mesh.size
+        self._training = jax.jit(network.apply, static_argnames="mutable")
         self._apply = place.rows(network.apply, mesh)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Images [n, height, width, channels] in [-1, 1] -> features [n, any], float32."""
-        padded = np.concatenate([x, np.zeros((-len(x) % self._size, *x.shape[1:]), x.dtype)])
-        parts = [self._apply(self._params, padded[i : i + self._size]) for i in range(0, len(padded), self._size)]
-        return np.concatenate([np.asarray(part) for part in parts])[: len(x)]
+    def by(self, params: Params, training: np.ndarray) -> Features:
+        """The features by these parameters; BatchNorm takes its statistics from training images, uint8."""
+        if self._by_batch:
+            some = training[:CALIBRATED]
+            parts = (data.to_unit(some[i : i + ENCODED]) for i in range(0, len(some), ENCODED))
+            params = nets.calibrate(self._training, params, parts)
+
+        def features(x: np.ndarray) -> np.ndarray:
+            padded = np.concatenate([x, np.zeros((-len(x) % self._size, *x.shape[1:]), x.dtype)])
+            parts = [self._apply(params, padded[i : i + self._size]) for i in range(0, len(padded), self._size)]
+            return np.concatenate([np.asarray(part) for part in parts])[: len(x)]
+
+        return features
 
 
-def encoder(workdir: str, shape: Sequence[int], mesh: Mesh, *, name: str | None = None) -> Encoder:
-    """The encoder of a run, from its last checkpoint.
+def encoder(workdir: str, shape: Sequence[int], mesh: Mesh, *, name: str | None = None) -> Features:
+    """The features of images by the encoder of a run, from its last checkpoint.
 
     Args:
         workdir: the run's directory.
@@ -229,7 +234,7 @@ def encoder(workdir: str, shape: Sequence[int], mesh: Mesh, *, name: str | None 
         raise ValueError(f"`features` must be of images of shape {list(shape)}, got a run of {list(own)}: {workdir}")
     state = image_training.restored(workdir, method(config, own), mesh)
     training = data.load(config.dataset, split="train", data_dir=config.data_dir)
-    return Encoder(config, state.average["encoder"], training["image"], mesh)
+    return Encoding(config, mesh).by(state.average["encoder"], training["image"])
 
 
 def fit(name: str, config: Config) -> None:
@@ -250,7 +255,8 @@ def fit(name: str, config: Config) -> None:
     assert training.arrays is not None  # `image_size` is refused
     representation.check(config.label_shares, config.neighbours, training.examples)
     ours = method(config, training.shape)
-    like = place.state_shapes(ours, mesh)  # a network that does not fit is refused here
+    like = place.state_shapes(ours, mesh)
+    jax.eval_shape(ours.step, like, training.batches(0), jax.random.key(0))  # refuses what does not fit at once
     workdir = Path(config.workdir)
     run.claim(workdir, name, image_training.identity(config, training.shape, training.classes))
 
@@ -260,15 +266,16 @@ def fit(name: str, config: Config) -> None:
     images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", CURVES)
 
     untrained = jax.jit(ours.init)(jax.random.key(config.seed)).average["encoder"]
-    encoders: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    encoding, seen = Encoding(config, mesh), training.arrays["image"]
+    representations = {
         "pixels": lambda x: x.reshape(len(x), -1),
-        "untrained": Encoder(config, untrained, training.arrays["image"], mesh),
-        "trained": Encoder(config, state.average["encoder"], training.arrays["image"], mesh),
+        "untrained": encoding.by(untrained, seen),
+        "trained": encoding.by(state.average["encoder"], seen),
     }
     records.say("accuracy on held-out images of a linear classifier of")
     records.say(
         representation.report(
-            encoders,
+            representations,
             training.arrays,
             held_out,
             workdir,

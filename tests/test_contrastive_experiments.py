@@ -84,7 +84,9 @@ def test_another_experiments_run_has_no_such_features(tmp_path):
 
     config = image_gan.smoke(digits_gan.CONFIG)
     run.claim(tmp_path / "run", "digits_gan", image_training.identity(config, SHAPE, 10))
-    with pytest.raises(ValueError, match="is a run of 'digits_gan' .* whose settings are not those of this experiment"):
+    with pytest.raises(
+        ValueError, match=r"is a run of 'digits_gan' .* whose settings are not those of this experiment"
+    ):
         image_contrastive.encoder(str(tmp_path / "run"), SHAPE, one_device())
 
 
@@ -166,8 +168,8 @@ def test_features_of_an_image_are_its_own(norm, tmp_path):
     training = data.load("digits", split="train")["image"][:32]
     params = image_contrastive.method(config, SHAPE).init(jax.random.key(0)).average["encoder"]
     x = data.to_unit(training[:7])
-    alone = image_contrastive.Encoder(config, params, training, one_device())
-    on_eight = image_contrastive.Encoder(config, params, training, place.mesh())
+    alone = image_contrastive.Encoding(config, one_device()).by(params, training)
+    on_eight = image_contrastive.Encoding(config, place.mesh()).by(params, training)
     np.testing.assert_allclose(alone(x)[:3], alone(x[:3][::-1])[::-1], atol=1e-6)
     np.testing.assert_allclose(on_eight(x), alone(x), atol=1e-5)
     assert alone(x).std(axis=0).max() > 0

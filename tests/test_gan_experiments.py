@@ -10,20 +10,40 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar10_gan, digits_gan, image_gan, image_run
-from jaxgen import data, place
+from experiments import (
+    cifar10_gan,
+    digits_contrastive,
+    digits_gan,
+    image_contrastive,
+    image_gan,
+    image_run,
+    image_training,
+)
+from jaxgen import data, metrics, place, run
 from jaxgen.checkpoint import Checkpoints
 
 SHAPE, CLASSES = (8, 8, 1), 10
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def encoder(tmp_path_factory):
+    """A contrastive run of the digits that was stopped before its first step."""
+    workdir = tmp_path_factory.mktemp("runs") / "contrastive"
+    config = image_contrastive.smoke(digits_contrastive.CONFIG)
+    run.claim(workdir, "digits_contrastive", image_training.identity(config, SHAPE, CLASSES))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(0, jax.jit(image_contrastive.method(config, SHAPE).init)(jax.random.key(0)))
+    return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def trained(encoder, tmp_path_factory):
     """A smoke run of the digits, with all that a GAN's step can hold."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     config = dataclasses.replace(
-        image_gan.smoke(digits_gan.CONFIG), workdir=str(workdir), platform="cpu", augment="ada", discriminator_steps=2
-    )
+        image_gan.smoke(digits_gan.CONFIG), workdir=str(workdir), platform="cpu", augment="ada", discriminator_steps=2,
+        features=encoder,
+    )  # fmt: skip
     image_run.fit("digits_gan", config, image_gan)
     return workdir
 
@@ -41,6 +61,15 @@ def test_a_run_leaves_what_it_says(trained):
     assert {"recognised", "classes_covered", "frechet", "precision", "recall"} <= quality.keys()
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert set(image_gan.CURVES) <= last.keys()
+
+
+def test_the_frechet_distance_is_of_the_features_asked_for(trained, encoder):
+    features = image_contrastive.encoder(encoder, SHAPE, place.mesh(jax.devices()[:1]))
+    of_real, of_fresh = (
+        features(data.to_unit(data.load("digits", split=split)["image"])) for split in ("train", "test")
+    )
+    quality = json.loads((trained / "quality.json").read_text())
+    np.testing.assert_allclose(quality["frechet_floor"], metrics.frechet_distance(of_fresh, of_real), rtol=1e-3)
 
 
 def draw(trained, **options):
@@ -202,6 +231,7 @@ def test_schedules_go_from_end_to_end():
         ({"ada_target": 2.0}, "`ada_target` must lie in"),
         ({"latent": 0}, "`latent` must be an integer of at least 1"),
         ({"judged": 2}, "`judged` must be 0 or at least 4"),
+        ({"judged": 0, "features": "nowhere"}, "`features` are the judge's, got a directory and `judged` 0"),
         ({"group_size": 7}, "group_size"),
     ],
 )
