@@ -13,7 +13,7 @@ ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
     **dict.fromkeys(["typing", "checks", "random"], 0),
     **dict.fromkeys(["attacks", "contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
-    **dict.fromkeys(["train", "averaging", "momentum"], 2),
+    **dict.fromkeys(["train", "averaging", "momentum", "robust"], 2),
     "place": 3,
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
 }
@@ -76,6 +76,7 @@ def publics():
         "train",
         "averaging",
         "momentum",
+        "robust",
         "place",
         "loop",
         "images",
