@@ -138,10 +138,9 @@ def _stripes(shape: tuple[int, ...], key: Key, eps: Array) -> Array:
 
 def _recolour(key: Key, delta: Array, eps: Array, side: Array) -> Array:
     """Eps or -eps for each channel of a square: [height, width, channels]."""
-    place_key, sign_key = jax.random.split(key)
-    window = _window(place_key, delta.shape, jnp.maximum(side, 1))
-    signs = jax.random.rademacher(sign_key, delta.shape[2:], delta.dtype)
-    return jnp.where(window.mask[..., None], eps * signs, delta)
+    u = jax.random.uniform(key, (2 + delta.shape[2],))
+    window = _window(u[:2], delta.shape, jnp.maximum(side, 1))
+    return jnp.where(window.mask[..., None], eps * _signs(u[2:]), delta)
 
 
 def _tiles(shape: tuple[int, ...], p: int, key: Key, eps: Array) -> Array:
@@ -163,17 +162,17 @@ def _tiles(shape: tuple[int, ...], p: int, key: Key, eps: Array) -> Array:
 
 def _rebump(p: int, key: Key, delta: Array, eps: Array, side: Array) -> Array:
     """Eqs. 2 and 3: [height, width, channels]."""
-    to_key, from_key, sign_key, turn_key = jax.random.split(key, 4)
+    u = jax.random.uniform(key, (5 + delta.shape[2],))
     side = jnp.maximum(side, 3)
     side += 1 - side % 2
-    to, taken_from = (_window(key, delta.shape, side) for key in (to_key, from_key))
+    to, taken_from = (_window(corner, delta.shape, side) for corner in (u[:2], u[2:4]))
     pair = jnp.where(
-        jax.random.bernoulli(turn_key),
+        u[4] < 0.5,
         _pair(p, to.columns, to.rows, to.width, to.height),
         _pair(p, to.rows, to.columns, to.height, to.width),
     )
     w, v = to.mask[..., None], taken_from.mask[..., None]
-    b = pair[..., None] * jax.random.rademacher(sign_key, delta.shape[2:], delta.dtype)
+    b = pair[..., None] * _signs(u[5:])
     n = b + _unit(p, jnp.where(w, delta, 0), (0, 1))
     spare = jnp.maximum(eps**p - _power(p, delta, (0, 1, 2)), 0) / delta.shape[2]
     budget = (_power(p, jnp.where(w | v, delta, 0), (0, 1)) + spare) ** (1 / p)
@@ -190,11 +189,15 @@ class _Window(NamedTuple):
     mask: Array
 
 
-def _window(key: Key, shape: tuple[int, ...], side: Array) -> _Window:
-    """A square at a uniformly random place; no larger than the image."""
+def _signs(u: Array) -> Array:
+    return jnp.where(u < 0.5, -1, 1)
+
+
+def _window(u: Array, shape: tuple[int, ...], side: Array) -> _Window:
+    """A square no larger than the image, at a random place: u, [2], is uniform in [0, 1)."""
     height, width = jnp.minimum(side, shape[0]), jnp.minimum(side, shape[1])
-    limits = jnp.array([shape[0] - height + 1, shape[1] - width + 1])
-    top, left = jax.random.randint(key, (2,), 0, limits)
+    places = jnp.array([shape[0] - height + 1, shape[1] - width + 1])
+    top, left = jnp.floor(u * places).astype(int)
     rows, columns = jnp.arange(shape[0])[:, None] - top, jnp.arange(shape[1]) - left
     mask = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     return _Window(height, width, rows, columns, mask)
