@@ -68,8 +68,7 @@ def free(
         shape: of ``batch[field]``, [batch, ...], on one device under pmap: row i of every batch is moved by row i of
             delta, which begins as zeros.
         replays: m, at least 1; the paper's choice for CIFAR-10 is 8.
-        step_size: of the attack, in ``threat.norm``: a scalar or [batch]; None for ``threat.eps``, as in
-            the paper.
+        step_size: of the attack, in ``threat.norm``: a scalar or [batch]; None for ``threat.eps``, as in the paper.
         field: which entry of the batch, a mapping, is attacked.
         average: a running average of the parameters to keep beside them, updated once a step.
         axis_name: the mapped axis over which the batch is split, for `place.pmap`. Under ``jit`` on a mesh nothing is
@@ -101,9 +100,9 @@ def free(
         )
 
     def step(state: Replaying, batch: Mapping[str, Any], key: Key) -> tuple[Replaying, Metrics]:
-        x = batch[field]
-        checks.shape(f"batch[{field!r}]", x, shape)
-        check(threat, x)
+        checks.shape(f"batch[{field!r}]", batch[field], shape)
+        check(threat, batch[field])
+        x = jnp.asarray(batch[field])
         ball = dataclasses.replace(threat, low=-math.inf, high=math.inf)
         length = step_length(threat, x, step_size, default=1.0)
         key = jax.random.fold_in(key, state.step)

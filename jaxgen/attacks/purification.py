@@ -69,6 +69,7 @@ def purify(key: Key, sample: Sampler, x: Array, *, alpha: ArrayLike, sigma: Arra
     """
     checks.floating("x", x)
     checks.rank_at_least("x", x, 1)
+    x = jnp.asarray(x)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         if jnp.ndim(value):
             checks.shape(name, value, x.shape[:1])

@@ -134,6 +134,7 @@ def smooth_votes(
     checks.interval("sigma", sigma, 0, jnp.inf)
     checks.positive_integer("draws", draws)
     checks.positive_integer("chunk", chunk)
+    x = jnp.asarray(x)
     batch, rows = x.shape[0], x.shape[0] * chunk
     keys = random.keys_for(key, batch)
     logits = jax.eval_shape(apply, jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
@@ -177,8 +178,9 @@ def smooth_predict(votes: Array, *, alpha: ArrayLike = 0.001) -> Array:
     Array([ 1, -1], dtype=int32)
     """
     _check_votes("votes", votes)
+    checks.interval("alpha", alpha, 0, 1)
     (first, second), (label, _) = (a.T for a in jax.lax.top_k(votes, 2))
-    certain = binomial.upper_bound(second, first + second, alpha=0.5 * jnp.asarray(alpha)) < 0.5
+    certain = binomial.upper_bound(second, first + second, alpha=alpha / 2) < 0.5
     return jnp.where(certain, label, ABSTAINS)
 
 

@@ -161,7 +161,9 @@ def test_denoised_smoothing_of_gaussian_data(path):
     assert result.certified[0] == 1
 
 
-def test_half_precision_images_and_traced_sigma():
+def test_other_precisions_and_traced_sigma():
+    wide = smooth_votes(KEY, linear, np.asarray(X, np.float64), sigma=0.5, draws=9)
+    np.testing.assert_array_equal(wide, smooth_votes(KEY, linear, X, sigma=0.5, draws=9))
     count = jax.jit(lambda sigma: smooth_votes(KEY, linear, X.astype(jnp.bfloat16), sigma=sigma, draws=50))
     np.testing.assert_array_equal(count(0.0), 50 * np.stack([DISTANCES < 0, DISTANCES > 0], axis=1))
     assert count(2.0)[4, 1] > 0
@@ -177,7 +179,9 @@ VOTES = jnp.ones((2, 3), int)
         (lambda: smooth(KEY, linear, X, sigma=0.0), ValueError, "`sigma` must be above 0"),
         (lambda: smooth(KEY, linear, X, sigma=1.0, draws=0), ValueError, "`draws` must be an integer of at least 1"),
         (lambda: smooth(KEY, linear, X, sigma=1.0, chunk=0), ValueError, "`chunk` must be an integer of at least 1"),
-        (lambda: smooth(KEY, linear, X, sigma=1.0, draws=9, alpha=2.0), ValueError, r"`alpha` must lie in \(0, 1\)"),
+        (lambda: smooth(KEY, linear, X, sigma=1.0, draws=9, alpha=2.0), ValueError, r"`alpha` must lie in \(0, 1\), got 2"),
+        (lambda: smooth_certify(VOTES, VOTES, sigma=1.0, alpha=0.0), ValueError, r"`alpha` must lie in \(0, 1\), got 0"),
+        (lambda: smooth_predict(VOTES, alpha=1.5), ValueError, r"`alpha` must lie in \[0, 1\], got 1.5"),
         (lambda: smooth(KEY, linear, jnp.ones((2, 3), int), sigma=1.0), TypeError, "`x` must be floating-point"),
         (lambda: smooth(0, linear, X, sigma=1.0), TypeError, "`key` must be a typed PRNG key"),
         (lambda: smooth_votes(KEY, linear, X, sigma=jnp.ones(5), draws=9), ValueError, r"`sigma` must have shape \[\]"),

@@ -76,6 +76,17 @@ def test_no_gradient_flows_through_an_attack():
     slope = jax.grad(lambda batch: hardened(4.0, batch, KEY)[0])(jnp.float32(1.0))
     assert slope == 0
 
+    @jax.custom_jvp
+    def fragile(x):
+        return 2 * x
+
+    @fragile.defjvp
+    def refuse(primals, tangents):
+        raise AssertionError("an attack was differentiated")
+
+    product = adversarial(lambda params, batch, key: (params * batch, {}), lambda key, *both: fragile(sum(both)))
+    assert jax.grad(lambda params, batch: product(params, batch, KEY)[0], (0, 1))(4.0, 1.0) == (10.0, 0.0)
+
 
 def test_the_attack_and_the_loss_draw_apart():
     drawn = {}
