@@ -17,7 +17,7 @@ eta is halved, and the example goes back to the best point it has seen, if
 For the norm 1 (Croce & Hein 2021, "Mind the box", arXiv:2103.01208, Algorithm 1 and section 3.4) steps are sparse, s
 moving a share of the coordinates, and there is no momentum. The first 30 % of the steps are in a ball of radius 3 eps,
 the next 30 % of 2 eps and the rest of eps; each stage starts at the projection of the last one's best point. At
-checkpoints, every 4 % of a stage, the share becomes 2/3 of the coordinates in which the best point differs from the
+checkpoints, every 4 % of the steps, the share becomes 2/3 of the coordinates in which the best point differs from the
 clean one; if these have become fewer by 5 %, the example goes back to that point and eta to the radius, else eta
 shrinks to 2/3, a tenth of the radius at the least.
 
@@ -173,7 +173,7 @@ def _opening(x: Array, eta: Array) -> _State:
     best = unseen(x)
     point = _Point(x, jnp.zeros_like(x), best.value)
     return _State(
-        now=point,
+        now=point._replace(value=-best.value),  # which no value exceeds: the start is no rise
         previous=x,
         peak=point,
         best=best,
@@ -230,7 +230,7 @@ def _stages(steps: int) -> _Row:
     lengths = [(3, large), (2, large), (1, steps - 2 * large)] if large else [(1, steps)]
     radius = np.concatenate([np.full(length + 1, radius) for radius, length in lengths])
     index = np.concatenate([np.arange(length + 1) for _, length in lengths])
-    window = np.concatenate([np.arange(length + 1) % max(length // 25, 1) == 0 for _, length in lengths])
+    window = np.concatenate([np.arange(length + 1) % max(steps // 25, 1) == 0 for _, length in lengths])
     # A later stage begins with a checkpoint: its share is by how sparse the last one's best point is.
     window[0] = False
     return _row(radius, index, window)

@@ -39,7 +39,8 @@ Score = Callable[[Array, Array, Array | None], Array]
 """``(logits [batch, classes], labels [batch], targets [batch] or None) -> [batch]``, ascended."""
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity, or jax.jit, which keeps programs by function, could not take one.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Classified:
     """An objective of a classifier's logits that also says which examples are won.
 

@@ -113,7 +113,7 @@ def check(threat: ThreatModel, x: Array) -> None:
             )
     if all(_known(value) for value in (x, threat.low, threat.high)):
         # In the dtype of x: a bound that it cannot hold is rounded as x was.
-        values, low, high = (np.asarray(jnp.asarray(value, x.dtype)) for value in (x, threat.low, threat.high))
+        values, low, high = (np.asarray(value, x.dtype) for value in (x, threat.low, threat.high))
         if not np.all((values >= low) & (values <= high)):
             raise ValueError(
                 f"`x` must lie in [low, high] of its threat model, got values from {values.min()} to {values.max()} "
