@@ -25,7 +25,6 @@ from jaxgen import checks, cli, contrastive, data, images, log, nets, place, run
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 CURVES = ("loss", "alignment", "uniformity", "examples_per_second")
-CALIBRATED = 10_000  # images, at most, that BatchNorm's statistics for inference are of
 ENCODED = 500  # images at a time
 
 
@@ -196,17 +195,14 @@ class Encoding:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         """Prepares to encode images; nothing is compiled yet."""
-        network = encoder_of(config)
-        self._by_batch, self._size = config.norm == "batch", -(-ENCODED // mesh.size) * mesh.size
-        self._training = jax.jit(network.apply, static_argnames="mutable")
-        self._apply = place.rows(network.apply, mesh)
+        self._config, self._network = config, encoder_of(config)
+        self._size = -(-ENCODED // mesh.size) * mesh.size
+        self._apply = place.rows(self._network.apply, mesh)
 
     def by(self, params: Params, training: np.ndarray) -> Features:
         """The features by these parameters; BatchNorm takes its statistics from training images, uint8."""
-        if self._by_batch:
-            some = training[:CALIBRATED]
-            parts = (data.to_unit(some[i : i + ENCODED]) for i in range(0, len(some), ENCODED))
-            params = nets.calibrate(self._training, params, parts)
+        if self._config.norm == "batch":
+            params = image_training.calibrated(self._network, params, training)
 
         def features(x: np.ndarray) -> np.ndarray:
             padded = np.concatenate([x, np.zeros((-len(x) % self._size, *x.shape[1:]), x.dtype)])

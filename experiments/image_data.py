@@ -63,6 +63,17 @@ def mirrored(key: Key, images: Array) -> Array:
     return jnp.where(coins(key, len(images), 0.5)[:, None, None, None], images[:, :, ::-1], images)
 
 
+def shifted(key: Key, images: Array, most: int) -> Array:
+    """Shifts each image by up to ``most`` pixels along both axes, by chance; the border repeats."""
+
+    def shift(key: Key, image: Array) -> Array:
+        padded = jnp.pad(image, ((most, most), (most, most), (0, 0)), mode="edge")
+        top, left = jax.random.randint(key, (2,), 0, 2 * most + 1)
+        return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+
+    return random.per_image(shift, key, images)
+
+
 def coins(key: Key, batch: int, probability: float) -> Array:
     """One biased coin per example."""
     keys = random.example_keys(key, batch)

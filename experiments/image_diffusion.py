@@ -286,6 +286,16 @@ def denoiser(config: Config, network: Network, params: Params, labels: Array, **
     )
 
 
+def unlabelled(config: Config, shape: Sequence[int], classes: int) -> Callable[[Params, Array, Array], Array]:
+    """The network as an estimate of clean images of any class: ``(params, x, t) -> x0``."""
+    net = _network(config, shape, classes)
+
+    def estimate(params: Params, x: Array, t: Array) -> Array:
+        return denoiser(config, net, params, jnp.full(len(x), classes))(x, t)
+
+    return estimate
+
+
 def method(config: Config, shape: Sequence[int], classes: int) -> train.Method:
     """How the experiment trains, written for the global batch of images in [-1, 1]."""
     net = _network(config, shape, classes)

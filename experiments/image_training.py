@@ -5,18 +5,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from experiments.image_settings import Settings
-from jaxgen import checkpoint, log, loop, place, run, train
-from jaxgen.typing import Batch
+from jaxgen import checkpoint, data, log, loop, nets, place, run, train
+from jaxgen.typing import Batch, Params
 
 # Where a run's files are, what it runs on, and what is measured and drawn of it, do not change what it computes.
 NOT_IDENTITY = (
     "workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps", "features",
-    "label_shares", "label_draws", "neighbours",
+    "label_shares", "label_draws", "neighbours", "measured", "pgd_steps", "curve", "auto_steps", "queries",
+    "defended", "purify_noise", "purify_steps", "aware_steps", "aware_draws", "smooth_noise", "smooth_draws",
 )  # fmt: skip
+
+CALIBRATED, CALIBRATED_AT_ONCE = 10_000, 500  # images, at most
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -127,6 +132,14 @@ def recalled(
             f"{workdir} is a run of {found['experiment']!r} by jaxgen {found['jaxgen']}, whose settings are not those "
             f"of this experiment or of this version ({error})"
         ) from error
+
+
+def calibrated(network: nn.Module, params: Params, images: np.ndarray) -> Params:
+    """Parameters for inference; BatchNorm takes its statistics from training images, uint8."""
+    apply = jax.jit(network.apply, static_argnames="mutable")
+    some = images[:CALIBRATED]
+    parts = (data.to_unit(some[i : i + CALIBRATED_AT_ONCE]) for i in range(0, len(some), CALIBRATED_AT_ONCE))
+    return nets.calibrate(apply, params, parts)
 
 
 def _is_learner(leaf: Any) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgen import data, loop, metrics, nets, place, random, train
+from experiments import image_data
+from jaxgen import data, loop, metrics, nets, place, train
 from jaxgen.images import save_grid
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
@@ -75,8 +76,7 @@ def train_judge(
     shape = training["image"].shape[1:]
 
     def loss(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
-        images = jax.vmap(_shifted)(random.example_keys(key, batch_size), batch["image"])
-        logits, _ = network.apply(params, images)
+        logits, _ = network.apply(params, image_data.shifted(key, batch["image"], 1))
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), {}
 
     method = train.minimise(
@@ -189,9 +189,3 @@ def _neighbours(images: np.ndarray, references: np.ndarray) -> tuple[np.ndarray,
     flat = (images.reshape(len(images), -1), references.reshape(len(references), -1))
     distance, index = jax.jit(metrics.nearest_neighbours)(*flat)
     return np.asarray(distance), np.asarray(index)
-
-
-def _shifted(key: Key, image: Array) -> Array:
-    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    top, left = jax.random.randint(key, (2,), 0, 3)
-    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)

@@ -1,0 +1,45 @@
+"""Classifiers of real handwritten digits, 8 x 8, under attack and defended, in minutes on two CPU cores.
+
+    python -m experiments.digits_robust
+
+The data come with scikit-learn, so no network is needed. One network is trained without attacks, with one step of them
+(FGSM-RS) and with several (PGD); all three are then attacked by FGSM, by PGD of 50 steps and by the whole of
+AutoAttack. A small diffusion model learns the same digits and defends the first one. attacks.png shows what is added to
+images, robust_curve.png the accuracy as attacks may move pixels further.
+"""
+
+from experiments import digits_diffusion, image_robust
+from experiments.image_robust import Config
+
+CONFIG = Config(
+    workdir="runs/digits_robust",
+    dataset="digits",
+    steps=1500,
+    batch_size=64,
+    learning_rate=2e-3,
+    ema=0.99,
+    trainings=("standard", "fgsm_rs", "pgd"),
+    eps=0.2,
+    attack_steps=7,
+    attack_step_size=0.05,
+    grad_align=0.2,
+    optimiser="adamw",
+    weight_decay=1e-3,
+    shift=1,
+    network="resnet",
+    blocks=(1, 1),
+    width=24,
+    norm="group",
+    measured=360,
+    denoiser_steps=1000,
+    denoiser_channels=16,
+)
+
+
+def main() -> None:
+    """Runs the command line."""
+    image_robust.command_line(__doc__, "digits_robust", CONFIG, denoiser=digits_diffusion.CONFIG)
+
+
+if __name__ == "__main__":
+    main()
