@@ -62,9 +62,8 @@ def square(
     Example i sees its own squares. It keeps what won it; the others go on until every example is won or the queries are
     spent. Objectives that do not know when they have won spend them all.
 
-    Departures from the paper: a square may touch the last row and column, as in its text, but not in its program; a
-    proposal for inf that would change nothing is drawn once more as its negative; no example comes back worse than it
-    came.
+    As in the paper's text, but not in its program, a square may touch the last row and column. An example of which no
+    proposal is better than it came stays as it came.
 
     Args:
         key: a single key, or [batch] keys: example i draws from ``fold_in(key, i)``.
@@ -144,7 +143,7 @@ def _recolour(key: Key, delta: Array, eps: Array, side: Array) -> Array:
 
 
 def _tiles(shape: tuple[int, ...], p: int, key: Key, eps: Array) -> Array:
-    """A grid of at least five by five pairs of bumps, each turned and of random signs: [height, width, channels]."""
+    """A grid of pairs of bumps a fifth of the shorter side wide, turned and of random signs: [height, width, channels]."""
     height, width, channels = shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side

@@ -12,7 +12,7 @@ from scipy import optimize
 from jaxgen.attacks.carlini_wagner import carlini_wagner
 from jaxgen.attacks.objectives import margin
 from jaxgen.attacks.threat import ThreatModel, distance
-from tests.attacks.affine import Affine
+from tests.attacks.affine import Affine, smallest_step
 from tests.attacks.peers import network, one_thread
 
 KEY = jax.random.key(0)
@@ -66,10 +66,16 @@ def test_the_weight_is_searched_for_each_example():
 
 def test_confidence_is_the_margin_that_is_reached():
     lead = lambda x: margin(MODEL.apply, jnp.asarray(MODEL.labels))(x)  # noqa: E731
-    x = attacked(MODEL.x, 1.0, confidence=0.5)
+    x = attacked(MODEL.x, 0.1, confidence=0.5)
     assert np.all(lead(x) >= 0.5)
-    assert np.all(lead(x) < 0.6)
-    assert np.all(lead(attacked(MODEL.x, 1.0)) < 0.1)
+    # At the least cost: two classes, whose boundary is shifted by as much.
+    model = Affine(22, classes=2)
+    x = attacked(model.x, 0.1, confidence=0.5, model=model)
+    for i, label in enumerate(model.labels):
+        w, bias = (v[1 - label] - v[label] for v in (model.weights.reshape(2, -1), model.bias))
+        start = np.float64(model.x[i].ravel())
+        step = smallest_step(2, start, w, 0.5 - bias - w @ start, 0, 1)
+        assert 1 - 1e-5 < distance(2, x, model.x)[i] / np.linalg.norm(step) < 1.02
     # An example that is won by less is not won.
     np.testing.assert_array_less(0.5, lead(attacked(attacked(MODEL.x, 1.0), 1.0, confidence=0.5)))
 

@@ -48,14 +48,14 @@ def test_it_is_the_papers_algorithm():
     """Algorithm 1 in NumPy: one example of two classes with a curved boundary, far from all bounds, in L2."""
     lead = lambda x, exp: 1.5 - (exp(-x) * jnp.array([1.0, 3.0])).sum(-1)  # noqa: E731
     x0 = np.array([0.3, 0.2])
-    options = {"alpha_max": 0.2, "eta": 1.1, "beta": 0.8}
+    options = {"alpha_max": 0.05, "eta": 1.1, "beta": 0.8}
     x, best = x0, np.inf
     objective = margin(lambda x: jnp.stack([jnp.zeros(len(x)), lead(x, jnp.exp)], axis=1), jnp.array([0]))
     threat, start = ThreatModel(2, eps=math.inf, low=-20.0, high=20.0), jnp.asarray(x0[None], jnp.float32)
     for steps in range(1, 9):
         w, c = np.exp(-x) * np.array([1, 3]), -float(lead(x, np.exp))
         step, own = c * w / (w @ w), (c + w @ (x - x0)) * w / (w @ w)
-        a = min(np.linalg.norm(step) / (np.linalg.norm(step) + np.linalg.norm(own)), 0.2)
+        a = min(np.linalg.norm(step) / (np.linalg.norm(step) + np.linalg.norm(own)), 0.05)
         x = (1 - a) * (x + 1.1 * step) + a * (x0 + 1.1 * own)
         if lead(x, np.exp) > 0:
             best = min(best, np.linalg.norm(x - x0))

@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 QUICK = {
     fab: {"steps": 20},
     deepfool: {"steps": 5},
-    carlini_wagner: {"searches": 3, "steps": 30, "step_size": 0.1, "weight": 1.0},
+    carlini_wagner: {"searches": 5, "steps": 30, "step_size": 0.1, "weight": 0.05},
 }
 PAIRS = [(fab, math.inf), (fab, 2), (fab, 1), (deepfool, math.inf), (deepfool, 2), (deepfool, 1), (carlini_wagner, 2)]
 each = pytest.mark.parametrize("attack", list(QUICK))
