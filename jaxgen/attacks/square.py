@@ -143,7 +143,7 @@ def _recolour(key: Key, delta: Array, eps: Array, side: Array) -> Array:
 
 
 def _tiles(shape: tuple[int, ...], p: int, key: Key, eps: Array) -> Array:
-    """A grid of pairs of bumps a fifth of the shorter side wide, turned and of random signs: [height, width, channels]."""
+    """A grid of pairs of bumps, a fifth of the shorter side wide, of random signs: [height, width, channels]."""
     height, width, channels = shape
     side = max(min(height, width) // 5, 1)
     rows, columns = height // side, width // side
