@@ -103,6 +103,9 @@ def standard(norm: float, classes: int, *, steps: int = 100, queries: int = 5000
 
     Raises:
         ValueError: ``classes`` is not an integer of at least 2.
+
+    >>> [stage.runs for stage in standard(2, classes=10)]
+    [1, 9, 9, 1]
     """
     checks.positive_integer("classes", classes)
     if classes < 2:

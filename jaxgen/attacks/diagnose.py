@@ -102,7 +102,8 @@ def diagnose(
 
     Args:
         key: a single key, or [batch] keys: example i draws from ``fold_in(key, i)``.
-        objective: a `Classified`: the one by which robustness was measured.
+        objective: a `Classified`: the one by which robustness was measured. An `Expected` one is stochastic, for its
+            draws are the examples' own.
         x: [batch, ...] within the bounds, floating: clean examples, some hundred of them.
         threat: what the attacker may do, its bounds finite.
         attack: the one with gradients, ``(key, objective, x, threat) -> x_adv``, whose steps follow ``threat.eps``;
@@ -134,8 +135,8 @@ def diagnose(
     keys = random.keys_for(key, x.shape[0])
 
     logits = objective.logits(x)
-    # A barrier, lest the second evaluation be taken for the first: whether they differ is the question.
-    repeated = _change(objective.logits(jax.lax.optimization_barrier(x)), logits)
+    # Of a pure function the compiler evaluates this once; host callbacks that draw, it does not merge.
+    repeated = _change(objective.logits(x), logits)
     moved = _change(jnp.roll(objective.logits(jnp.roll(x, 1, axis=0)), -1, axis=0), logits)
     random_change, neighbour_change = jnp.maximum(repeated, moved), _neighbour_change(objective, x, logits)
     rounding = max(1e-4, 4 * float(jnp.finfo(logits.dtype).eps))

@@ -44,9 +44,13 @@ class Expected(Classified):
 
     def rows(self, index: Array) -> "Expected":
         """The same objective for some of the examples, with the draws that they had."""
-        rows, keys = super().rows(index), self.keys[index]
-        fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
-        return Expected(**fields | {"keys": keys, "logits": lambda x: _vote(_draws(self.apply, keys, x))})
+        keys, labels = self.keys[index], jnp.asarray(self.labels)[index]
+        targets = None if self.targets is None else jnp.asarray(self.targets)[index]
+
+        def vote(x: Array) -> Array:
+            return _vote(_draws(self.apply, keys, x))
+
+        return dataclasses.replace(self, logits=vote, labels=labels, targets=targets, keys=keys)
 
 
 def expected(

@@ -144,11 +144,12 @@ def test_random_numbers_from_outside_of_jax_are_seen():
     assert not diagnosis.flags.coupled
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_is_no_sign(dtype):
-    apply = lambda x: linear(x).astype(dtype)  # noqa: E731
+def test_rounding_is_no_sign():
+    apply = lambda x: linear(x).astype("bfloat16")  # noqa: E731
     still = lambda key, objective, x, threat: x  # noqa: E731
-    diagnosis = diagnose(KEY, margin(apply, LABELS), X, THREAT, attack=still, one_step=still, black_box=still)
+    diagnosis = jax.jit(
+        lambda x: diagnose(KEY, margin(apply, LABELS), x, THREAT, attack=still, one_step=still, black_box=still)
+    )(X)
     assert raised(diagnosis) == {"unbounded_fails"}
 
 

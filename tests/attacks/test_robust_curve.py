@@ -66,6 +66,17 @@ def test_what_is_found_in_a_ball_holds_in_all_larger_ones(at_once):
         np.testing.assert_array_equal(curve.won[i], won[within].any(0) | clean_won)
 
 
+def test_an_attack_that_does_harm_to_itself_leaves_the_example_as_it_is():
+    """The example itself lies in every ball, whether or not the attack has looked there."""
+    objective = margin(lambda x: jnp.stack([1.2 + 0 * x[:, 0], linear(x)], axis=1), jnp.zeros(8, int))
+    downhill = lambda key, objective, x, threat: fgsm(key, lambda x: -objective(x), x, threat)  # noqa: E731
+    curve = robust_curve(KEY, objective, X, UNIT, [0.1, 0.2], attack=downhill)
+    value, won = evaluate(objective, X)
+    assert 0 < np.mean(won) < 1
+    np.testing.assert_allclose(curve.value, np.stack([value, value]), rtol=1e-6)
+    np.testing.assert_array_equal(curve.won, np.stack([won, won]))
+
+
 def test_accuracy_falls_from_the_clean_one_to_none():
     objective = margin(lambda x: jnp.stack([linear(x), 1.2 + 0 * x[:, 0]], axis=1), (linear(X) < 1.2).astype(int))
     curve = robust_curve(KEY, objective, X, UNIT, [0.0, 0.02, 0.04, 0.06, 0.5], attack=fgsm)
