@@ -10,7 +10,7 @@ smoothing, which is certified instead.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,13 +134,12 @@ def threat_of(config: Config) -> attacks.ThreatModel:
     return attacks.ThreatModel(math.inf, eps=config.eps, low=-1.0, high=1.0)
 
 
-def method(config: Config, recipe: Recipe, shape: Sequence[int], classes: int) -> train.Method:
-    """How a classifier is trained, written for the global batch of images in [-1, 1]."""
-    network, threat = classifier(config, classes), threat_of(config)
-
-    def apply(params: Params, x: Array) -> Array:
-        logits: Array = network.apply(params, x)  # type: ignore[assignment]
-        return logits
+def attack_of(config: Config, recipe: Recipe, apply: Callable[[Params, Array], Array]) -> attacks.BatchAttack:
+    """What a training does to its batches: "clean" is the images shifted and mirrored, "image" those attacked."""
+    threat = threat_of(config)
+    climb = functools.partial(
+        attacks.pgd, steps=config.attack_steps, step_size=config.attack_step_size, keep_best=False
+    )  # fmt: skip
 
     def attacked(key: Key, params: Params, batch: Batch) -> Batch:
         shift_key, flip_key, key = jax.random.split(key, 3)
@@ -148,9 +147,6 @@ def method(config: Config, recipe: Recipe, shape: Sequence[int], classes: int) -
         x = image_data.shifted(shift_key, x, config.shift) if config.shift else x
         x = image_data.mirrored(flip_key, x) if config.flip else x
         classify = functools.partial(apply, params)
-        climb = functools.partial(
-            attacks.pgd, steps=config.attack_steps, step_size=config.attack_step_size, keep_best=False
-        )
         if recipe == "standard":
             moved = x
         elif recipe == "fgsm_rs":
@@ -161,6 +157,17 @@ def method(config: Config, recipe: Recipe, shape: Sequence[int], classes: int) -
         else:
             moved = climb(key, attacks.kl_divergence(classify, x), x, threat)
         return {"clean": x, "image": moved, "label": labels}
+
+    return attacked
+
+
+def method(config: Config, recipe: Recipe, shape: Sequence[int], classes: int) -> train.Method:
+    """How a classifier is trained, written for the global batch of images in [-1, 1]."""
+    network, threat = classifier(config, classes), threat_of(config)
+
+    def apply(params: Params, x: Array) -> Array:
+        logits: Array = network.apply(params, x)  # type: ignore[assignment]
+        return logits
 
     def loss(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
         x, labels = batch["image"], batch["label"]
@@ -175,7 +182,7 @@ def method(config: Config, recipe: Recipe, shape: Sequence[int], classes: int) -
         return value, accuracy
 
     return train.minimise(
-        attacks.adversarial(loss, attacked),
+        attacks.adversarial(loss, attack_of(config, recipe, apply)),
         _optimiser(config),
         lambda key: nets.init(network, key, jnp.zeros((2, *shape))),
         average=train.ema(config.ema),

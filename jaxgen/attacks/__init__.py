@@ -28,9 +28,10 @@ from jaxgen.attacks.robust_curve import RobustCurve, robust_curve
 from jaxgen.attacks.smoothing import Smoothed, denoised, smooth, smooth_certify, smooth_predict, smooth_votes
 from jaxgen.attacks.square import square
 from jaxgen.attacks.threat import ThreatModel, distance, project, random_start
-from jaxgen.attacks.training import adversarial, grad_align, kl_divergence, trades
+from jaxgen.attacks.training import BatchAttack, adversarial, grad_align, kl_divergence, trades
 
 __all__ = [
+    "BatchAttack",
     "Classified",
     "Diagnosis",
     "Expected",
