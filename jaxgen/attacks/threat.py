@@ -206,12 +206,10 @@ def _magnitude_1(a: Array, r: Array, eps: Array) -> Array:
     total = jnp.cumsum(jnp.pad(growing[:, :-1] * (t[:, :-1] - t[:, 1:]), ((0, 0), (1, 0))), axis=1)
     last = jnp.sum(total <= eps, axis=1, keepdims=True) - 1
     above = jnp.take_along_axis(t, last, axis=1)
-    # Solved anew from the coordinates that grow there, since running sums of many numbers lose digits.
-    free = (starts >= above) & (stops < above)
-    held = stops >= above
-    taken = jnp.sum(jnp.where(free, a, 0) + jnp.where(held, jnp.minimum(a, r), 0), axis=1, keepdims=True)
-    level = (taken - eps) / jnp.maximum(jnp.sum(free, axis=1, keepdims=True), 1)
-    return jnp.clip(a - level, 0, r)
+    # Solved anew from there, since running sums of many numbers lose digits, as does a level far above eps.
+    free = jnp.sum((starts >= above) & (stops < above), axis=1, keepdims=True)
+    missing = eps - jnp.sum(jnp.clip(a - above, 0, r), axis=1, keepdims=True)
+    return jnp.clip(a - above + missing / jnp.maximum(free, 1), 0, r)
 
 
 def random_start(key: Key, threat: ThreatModel, x: Array) -> Array:

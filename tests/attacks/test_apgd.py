@@ -74,7 +74,7 @@ def test_it_is_the_papers_algorithm(frequency, steps):
         x = jnp.asarray(X, jnp.float64)
         curved = lambda x: jnp.sum(jnp.sin(frequency * x + w) * w, axis=(1, 2))  # noqa: E731
         threat = ThreatModel(math.inf, 0.25, 0.0, 1.0)
-        result = apgd(KEY, curved, x, threat, steps=steps, random_start=False)
+        result = jax.jit(lambda x: apgd(KEY, curved, x, threat, steps=steps, random_start=False))(x)
         assert result.dtype == jnp.float64
     function = lambda x: np.sum(np.sin(frequency * x + w) * w)  # noqa: E731
     gradient = lambda x: frequency * np.cos(frequency * x + w) * w  # noqa: E731
@@ -82,13 +82,12 @@ def test_it_is_the_papers_algorithm(frequency, steps):
     np.testing.assert_allclose(result, np.stack(expected), atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", [2, math.inf])
-def test_better_than_steps_of_one_size(norm):
+def test_better_than_steps_of_one_size():
     """On a function with many maxima, at the same number of steps, as the paper claims."""
-    threat = ThreatModel(norm, EPS[norm], 0.0, 1.0)
+    threat = ThreatModel(2, EPS[2], 0.0, 1.0)
     x = jax.random.uniform(KEY, (40, 4, 5))
-    attack = lambda attack: jnp.mean(bent(jax.jit(lambda x: attack(KEY, bent, x, threat, steps=50))(x)))  # noqa: E731
-    assert attack(apgd) >= attack(pgd)
+    reached = lambda attack: jnp.mean(bent(jax.jit(lambda x: attack(KEY, bent, x, threat, steps=50))(x)))  # noqa: E731
+    assert reached(apgd) > reached(pgd)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -107,24 +106,26 @@ def test_every_output_is_in_ball_and_bounds(norm):
 def test_a_single_step_is_one(norm):
     """From the clean point with eta = 2 eps, projected: on a linear function the fast method's."""
     threat = ThreatModel(norm, 0.1, -math.inf, math.inf)
-    gain = rising(apgd(KEY, rising, X, threat, steps=1, random_start=False)) - rising(X)
+    one = jax.jit(lambda x: apgd(KEY, rising, x, threat, steps=1, random_start=False))
+    gain = rising(one(X)) - rising(X)
     dual = {2: jnp.linalg.norm(W), math.inf: jnp.sum(jnp.abs(W))}[norm]
     np.testing.assert_allclose(gain, np.full(6, 0.1 * dual), rtol=1e-4)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_undefined_values_never_leave_the_ball(norm):
-    threat = ThreatModel(norm, 0.3, 0.0, 1.0)
+def test_undefined_values_never_leave_the_ball():
+    """For norm 1, whose first stages are in balls of two and three times the radius."""
+    threat = ThreatModel(1, 0.3, 0.0, 1.0)
     result = jax.jit(lambda x: apgd(KEY, lambda x: bent(x) * jnp.nan, x, threat, steps=5))(X)
-    assert np.all(distance(norm, result, X) <= 0.3 * (1 + 1e-5))
+    assert np.all(distance(1, result, X) <= 0.3 * (1 + 1e-5))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_examples_do_not_know_their_batch(norm):
     eps = jnp.linspace(0.1, 0.6, 6)
     attack = jax.jit(lambda key, x, eps: apgd(key, bent, x, ThreatModel(norm, eps, 0.0, 1.0), steps=10))
-    some = attack(random.example_keys(KEY, 6)[2:4], X[2:4], eps[2:4])
-    np.testing.assert_allclose(some, attack(KEY, X, eps)[2:4], atol=1e-5)
+    order = jnp.array([2, 3, 2, 3, 5, 0])
+    keys = random.example_keys(KEY, 6)
+    np.testing.assert_allclose(attack(keys[order], X[order], eps[order]), attack(keys, X, eps)[order], atol=1e-5)
 
 
 def test_a_victory_is_kept_though_later_points_have_higher_values():
@@ -137,13 +138,12 @@ def test_a_victory_is_kept_though_later_points_have_higher_values():
     objective = cross_entropy(logits, jnp.zeros(1, int), targets=jnp.full(1, 2))
     objective = dataclasses.replace(objective, score=lambda logits, labels, targets: logits[:, 2])
     threat, x = ThreatModel(math.inf, 1.0, 0.0, 1.0), jnp.array([[0.3]])
-    assert apgd(KEY, objective, x, threat, steps=5, random_start=False) == 1.0
-    objective = dataclasses.replace(objective, any_class=True)
-    assert apgd(KEY, objective, x, threat, steps=5, random_start=False) == x
+    attack = jax.jit(lambda x, f: apgd(KEY, f, x, threat, steps=5, random_start=False), static_argnums=1)
+    assert attack(x, objective) == 1.0
+    assert attack(x, dataclasses.replace(objective, any_class=True)) == x
 
 
-@pytest.mark.parametrize("norm", [1, 2])
-def test_one_program_for_all_radii_and_targets(norm):
+def test_one_program_for_all_radii_and_targets():
     traces = []
 
     @jax.jit
@@ -151,7 +151,7 @@ def test_one_program_for_all_radii_and_targets(norm):
         traces.append(1)
         apply = lambda x: x.reshape(6, 20) @ W.reshape(20, 1) * jnp.arange(1.0, 5)  # noqa: E731
         objective = dlr(apply, jnp.zeros(6, int), targets=targets)
-        return apgd(KEY, objective, X, ThreatModel(norm, eps, 0.0, 1.0), steps=3)
+        return apgd(KEY, objective, X, ThreatModel(2, eps, 0.0, 1.0), steps=3)
 
     for i in range(1, 4):
         run(0.1 * i, jnp.full(6, i))
@@ -171,8 +171,9 @@ def test_the_network_is_compiled_once():
         assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("norm", "peer_norm", "eps"), [(math.inf, "Linf", 0.04), (2, "L2", 0.4)])
-@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize(
+    ("norm", "peer_norm", "eps", "loss"), [(math.inf, "Linf", 0.04, "ce"), (2, "L2", 0.4, "ce"), (2, "L2", 0.4, "dlr")]
+)
 def test_matches_or_beats_torchattacks(norm, peer_norm, eps, loss):
     torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
     net = peers.network(batch=48)

@@ -19,6 +19,7 @@ from jaxgen.attacks.threat import ThreatModel, distance, random_start
 from tests.attacks import linear, peers
 
 KEY = jax.random.key(0)
+KEYS = random.example_keys(KEY, 6)
 NORMS = [1, 2, math.inf]
 W = jax.random.normal(jax.random.key(1), (4, 5))
 X = jax.random.uniform(jax.random.key(2), (6, 4, 5))
@@ -113,17 +114,19 @@ def test_momentum_is_the_papers():
     np.testing.assert_allclose(result, x, atol=1e-6)
 
 
-def attacks():
-    return [
-        fgsm,
-        lambda *args: fgsm(*args, random_start=True, step_size=0.3),
-        lambda *args: pgd(*args, steps=3),
-        lambda *args: mifgsm(*args, steps=3, random_start=True, keep_best=False),
-    ]
-
-
 def bent(x):
     return jnp.sum(jnp.sin(5 * x) * W, axis=(1, 2))
+
+
+def compiled(attack, **kwargs):
+    return jax.jit(lambda key, x, threat: attack(key, bent, x, threat, **kwargs))
+
+
+ATTACKS = [
+    compiled(fgsm, random_start=True, step_size=0.3),
+    compiled(pgd, steps=3),
+    compiled(mifgsm, steps=3, random_start=True, keep_best=False),
+]
 
 
 @settings(max_examples=12, deadline=None)
@@ -132,12 +135,14 @@ def bent(x):
     eps=st.one_of(st.just(0.0), st.floats(0, 5, width=32)),
     low=st.floats(-2, 0, width=32),
     width=st.floats(0.125, 3, width=32),
-    attack=st.sampled_from(attacks()),
+    attack=st.sampled_from(ATTACKS),
 )
 def test_every_output_is_in_ball_and_bounds(norm, eps, low, width, attack):
     low, high = np.float32(low), np.float32(low + width)
     x = jnp.clip(low + width * (1.4 * X - 0.2), low, high)
-    result = attack(KEY, bent, x, ThreatModel(norm, eps, low, high))
+    # One program a norm: a radius for each example, bounds for each column.
+    threat = ThreatModel(norm, jnp.full(6, eps), jnp.full(5, low), jnp.full(5, high))
+    result = attack(KEYS, x, threat)
     assert np.all((result >= low) & (result <= high))
     assert np.all(distance(norm, result, x) <= eps * (1 + 2e-6) + 5e-6)
     if eps == 0:
@@ -146,11 +151,12 @@ def test_every_output_is_in_ball_and_bounds(norm, eps, low, width, attack):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_examples_do_not_know_their_batch(norm):
-    eps = jnp.linspace(0.1, 0.6, 6)
-    for attack in attacks()[1:3]:
-        result = attack(KEY, bent, X, ThreatModel(norm, eps, 0.0, 1.0))
-        some = attack(random.example_keys(KEY, 6)[2:4], bent, X[2:4], ThreatModel(norm, eps[2:4], 0.0, 1.0))
-        np.testing.assert_allclose(some, result[2:4], atol=1e-6)
+    """Among other neighbours, in another place, each with its own key and radius."""
+    eps, order = jnp.linspace(0.1, 0.6, 6), jnp.array([2, 3, 2, 3, 5, 0])
+    for attack in ATTACKS:
+        result = attack(KEYS, X, ThreatModel(norm, eps, jnp.zeros(5), jnp.ones(5)))
+        others = attack(KEYS[order], X[order], ThreatModel(norm, eps[order], jnp.zeros(5), jnp.ones(5)))
+        np.testing.assert_allclose(others, result[order], atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -158,8 +164,8 @@ def test_the_best_point_is_kept(norm):
     """Steps that overshoot: the last point is worse than the best, which no point along the way exceeds."""
     eps = 0.5 if norm == math.inf else 2.0
     threat, kwargs = ThreatModel(norm, eps, 0.0, 1.0), {"step_size": 0.8 * eps, "random_start": False}
-    along = [bent(pgd(KEY, bent, X, threat, steps=n, keep_best=False, **kwargs)) for n in range(1, 5)]
-    kept = bent(pgd(KEY, bent, X, threat, steps=4, **kwargs))
+    along = [bent(compiled(pgd, steps=n, keep_best=False, **kwargs)(KEY, X, threat)) for n in range(1, 4)]
+    kept = bent(compiled(pgd, steps=3, **kwargs)(KEY, X, threat))
     np.testing.assert_allclose(kept, jnp.max(jnp.stack([bent(X), *along]), axis=0), rtol=1e-5)
     assert np.any(kept > along[-1] + 1e-3)
 
@@ -199,13 +205,15 @@ def test_one_program_for_all_radii_steps_and_targets():
 
 def test_mapped_over_radii():
     radii = jnp.array([0.0, 0.1, 0.4])
-    attack = lambda eps: pgd(KEY, bent, X, ThreatModel(2, eps, 0.0, 1.0), steps=3)  # noqa: E731
-    np.testing.assert_allclose(jax.vmap(attack)(radii), jnp.stack([attack(eps) for eps in radii]), atol=1e-6)
+    attack = jax.jit(lambda eps: pgd(KEY, bent, X, ThreatModel(2, eps, 0.0, 1.0), steps=3))
+    together = jax.jit(jax.vmap(attack))(radii)
+    np.testing.assert_allclose(together, jnp.stack([attack(eps) for eps in radii]), atol=1e-6)
 
 
 def test_the_dtype_is_the_examples():
-    for attack in attacks():
-        assert attack(KEY, bent, X.astype(jnp.bfloat16), ThreatModel(1, 0.5, 0.0, 1.0)).dtype == jnp.bfloat16
+    threat = ThreatModel(2, 0.5, 0.0, 1.0)
+    for attack in ATTACKS:
+        assert jax.eval_shape(attack, KEY, X.astype(jnp.bfloat16), threat).dtype == jnp.bfloat16
 
 
 def test_equals_foolbox():
@@ -228,7 +236,7 @@ def test_equals_foolbox():
         with peers.one_thread():
             if step is None:
                 theirs = peer(random_start=False).run(model, images, net.torch_labels.long(), epsilon=eps)
-                ours = fgsm(KEY, objective, x, threat)
+                ours = jax.jit(fgsm, static_argnums=1)(KEY, objective, x, threat)
             else:
                 theirs = peer(abs_stepsize=step, steps=10, random_start=False).run(
                     model, images, net.torch_labels.long(), epsilon=eps
