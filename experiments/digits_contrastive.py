@@ -6,6 +6,15 @@ The data come with scikit-learn, so no network is needed. The run measures itsel
 features and 1 %, 10 % or all of the labels, beside the same on raw pixels and on the features of an untrained network;
 map.png shows held-out images as points, by pixels and by features. Stop it with Ctrl-C, and the same command goes on
 from there.
+
+Two CPU cores: 2.3 minutes of training (2,742 images/s), 2.6 for all. Accuracy on 359 held-out images with seed 0 (1),
+mean and deviation over ten draws of the labels:
+
+                                        pixels    untrained network       trained, no labels
+    1 % of the labels (14)       51.7 +- 3.7 %         39.1 +- 1.8 %     80.6 +- 5.1 % (78.4)
+    10 % of the labels (144)     89.5 +- 1.6 %         73.1 +- 3.5 %     96.5 +- 1.1 % (96.7)
+    all labels (1,438)                  94.7 %                87.7 %            98.3 % (98.6)
+    20 nearest neighbours               98.3 %                83.6 %            98.6 % (98.6)
 """
 
 from experiments import image_contrastive

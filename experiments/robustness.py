@@ -210,7 +210,8 @@ def defended(
         )
         return attacks.smooth(keys, base, x, sigma=config.smooth_noise, draws=config.smooth_draws)
 
-    shares = {name: float(of.mean()) for name, of in place.rows(run, mesh)((params, weights), rows).items()}
+    found = place.rows(run, mesh)((params, weights), rows)  # whose names JAX has sorted
+    shares = {name: float(found[name].mean()) for name in ("clean", "unaware of it", "aware of it")}
     certificate = jax.tree.map(np.asarray, place.rows(smooth, mesh)((params, weights), rows))
     radii = [config.smooth_noise * share for share in (0.0, 0.5, 1.0, 1.5, 2.0)]
     certified = [float(((certificate.certified == labels) & (certificate.radius >= r)).mean()) for r in radii]

@@ -65,6 +65,7 @@ def test_files_stay_short(file):
 
 def publics():
     for name in (
+        "attacks",
         "contrastive",
         "diffusion",
         "gan",

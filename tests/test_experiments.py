@@ -110,6 +110,7 @@ def draw(trained, **options):
         return arrays["image"], arrays["label"]
 
 
+@pytest.mark.slow
 def test_samples_are_functions_of_seed_index_and_class(trained):
     image, label = draw(trained, classes=(3, 7))
     assert image.shape == (6, 8, 8, 1)

@@ -33,6 +33,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_says(trained):
     for picture in ("attacks.png", "robust_curve.png", "pgd/curves.png"):
         with Image.open(trained / picture) as image:
@@ -47,6 +48,7 @@ def test_a_run_leaves_what_it_says(trained):
     assert np.all(np.diff(scores["curve"]) <= 0)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_attacks(trained):
     """The classifier of the last checkpoint, attacked again by hand."""
     config = smoke(trained, trainings=("pgd",), denoiser_steps=0)

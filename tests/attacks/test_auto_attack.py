@@ -166,6 +166,7 @@ def test_all_radii_at_once():
     np.testing.assert_array_equal(by, [broken_in_closed_form(eps) for eps in radii])
 
 
+@pytest.mark.slow
 def test_every_device_attacks_its_own():
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     x, labels = jnp.tile(X, (2, 1))[:40], jnp.tile(LABELS, 2)[:40]
@@ -300,6 +301,7 @@ def test_the_standard_ensemble_is_in_the_sandwich_and_beats_its_parts(norm):
     assert np.sum(robust) <= min(np.sum(part) for part in parts)
 
 
+@pytest.mark.slow
 def test_a_randomised_defence_falls_to_the_expectation():
     """Judged by draws that the attack has not seen."""
     noisy = lambda keys, x: 4 * network(x + 0.1 * random.normal(keys, x.shape[1:]))  # noqa: E731

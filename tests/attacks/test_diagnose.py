@@ -75,7 +75,7 @@ BLIND = {"black_box_is_better", "unbounded_fails"}  # what follows if gradients 
         ({"scale": 0.0}, {"blind", "unbounded_fails"}),
         ({"scale": math.inf}, {"blind", "unbounded_fails"}),
     ],
-    ids=lambda value: " ".join(value) or "none",
+    ids=lambda value: " ".join(sorted(value)) or "none",
 )
 def test_a_masked_model_raises_its_flags_and_an_honest_one_none(knobs, flags):
     diagnosis = diagnosed(NORMAL | knobs, LABELS)
@@ -120,6 +120,7 @@ POINTS = jnp.full((8, 1, 1, 1), 0.5)
 WIDE = ThreatModel(math.inf, eps=0.4, low=0.0, high=1.0)
 
 
+@pytest.mark.slow
 def test_one_step_that_jumps_over_a_hill():
     """Right of 0.5 the margin rises until 0.6, falls below where it began, and is won beyond 0.85 only."""
     hills = lambda x: jnp.interp(x[:, 0, 0, 0], jnp.array([0.0, 0.5, 0.6, 0.8, 0.9]), jnp.array([-3.0, -2, -1, -3, 1]))  # noqa: E731

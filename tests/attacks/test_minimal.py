@@ -45,6 +45,7 @@ def wins(x):
     return np.argmax(np.asarray(MODEL.apply(x)), axis=1) != MODEL.labels
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.sampled_from(PAIRS), st.floats(0, 3, width=32), st.lists(st.floats(-1, 2, width=32), min_size=2, max_size=2))
 def test_either_a_win_in_ball_and_bounds_or_the_example_as_it_came(pair, eps, bounds):

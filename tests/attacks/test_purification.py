@@ -96,6 +96,7 @@ def test_with_one_key_it_is_one_function_of_each_example():
     assert half.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_both_honest_attacks_raise_the_loss():
     path, t = PATHS["edm"]
     sample = sampler(path, diffusion.ddim(path, np.array([t, 0.0])))

@@ -46,6 +46,7 @@ def test_certificates_are_below_the_true_radius_and_near_it():
     assert np.all(result.radius <= stats.norm.ppf(0.001 ** (1 / 20_000)) * 1.00001)
 
 
+@pytest.mark.slow
 def test_certificates_are_wrong_as_rarely_as_promised():
     # 2,000 certificates of one point, each of 200 draws at alpha = 0.05.
     x = jnp.tile(X[2], (2000, 1))

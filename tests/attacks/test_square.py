@@ -40,6 +40,7 @@ def test_it_finds_the_best_corner_of_a_linear_objective():
     np.testing.assert_allclose(x, jnp.clip(X + 0.3 * jnp.sign(W), 0, 1), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_it_uses_all_of_the_ball_and_more_queries_gain_more(norm):
     eps = jnp.array([0.1, 0.5, 2.0])
