@@ -169,7 +169,6 @@ def project(threat: ThreatModel, x: Array, center: Array) -> Array:
         m = magnitude(a, r, eps.reshape(-1, 1)).reshape(x.shape)
         far = beside(distance(threat.norm, inside, c), y) > eps
         projected = jnp.where(far, jnp.clip(c + jnp.sign(d) * m, low, high), inside)
-        projected = jnp.where(eps == 0, c, projected)
     return projected.astype(x.dtype)
 
 
