@@ -100,11 +100,8 @@ class Embed:
 def check(config: Config) -> None:
     """Raises ValueError where a setting is out of range or does not fit another."""
     image_settings.check(config)
-    if config.batch_size // config.microbatches < 2:
-        raise ValueError(
-            f"`batch_size` must give each of {config.microbatches} microbatches two images at least, "
-            f"got {config.batch_size}"
-        )
+    if config.batch_size < 2:
+        raise ValueError(f"`batch_size` must be at least 2, for there to be other images, got {config.batch_size}")
     for field in ("warmup", "groups", "label_draws", "neighbours"):
         checks.positive_integer(field, getattr(config, field))
     if config.warmup >= config.steps:
@@ -153,9 +150,12 @@ def method(config: Config, shape: Sequence[int]) -> train.Method:
         features = jax.eval_shape(encoder.apply, params, x)
         return {"encoder": params, "head": nets.init(head, head_key, jnp.zeros(features.shape, features.dtype))}
 
-    def embed(params: Params, x: Array) -> Array:
+    def embedded(params: Params, x: Array) -> Array:
         embeddings: Array = head.apply(params["head"], encoder.apply(params["encoder"], x))  # type: ignore[assignment]
         return embeddings
+
+    # All images of a batch are compared, however few are embedded at a time.
+    embed = contrastive.grad_cached(embedded, chunks=config.microbatches) if config.microbatches > 1 else embedded
 
     def view(key: Key, x: Array) -> Array:
         return contrastive.random_view(
@@ -172,9 +172,7 @@ def method(config: Config, shape: Sequence[int]) -> train.Method:
             "uniformity": contrastive.uniformity(still[0]),
         }
 
-    return train.minimise(
-        loss, _optimiser(config), init, average=train.ema(config.ema), microbatches=config.microbatches
-    )
+    return train.minimise(loss, _optimiser(config), init, average=train.ema(config.ema))
 
 
 def _optimiser(config: Config) -> optax.GradientTransformation:
@@ -199,9 +197,10 @@ class Encoding:
         self._size = -(-ENCODED // mesh.size) * mesh.size
         self._apply = place.rows(self._network.apply, mesh)
 
-    def by(self, params: Params, training: np.ndarray) -> Features:
+    def by(self, params: Params, training: np.ndarray | None) -> Features:
         """The features by these parameters; BatchNorm takes its statistics from training images, uint8."""
         if self._config.norm == "batch":
+            assert training is not None
             params = image_training.calibrated(self._network, params, training)
 
         def features(x: np.ndarray) -> np.ndarray:
@@ -212,13 +211,16 @@ class Encoding:
         return features
 
 
-def encoder(workdir: str, shape: Sequence[int], mesh: Mesh, *, name: str | None = None) -> Features:
+def encoder(
+    workdir: str, shape: Sequence[int], mesh: Mesh, *, data_dir: str | None = None, name: str | None = None
+) -> Features:
     """The features of images by the encoder of a run, from its last checkpoint.
 
     Args:
         workdir: the run's directory.
         shape: of the images that it is wanted for.
         mesh: where to compute.
+        data_dir: where data sets are kept, for the training images that BatchNorm takes its statistics from.
         name: the experiment's; any by default.
 
     Raises:
@@ -229,8 +231,9 @@ def encoder(workdir: str, shape: Sequence[int], mesh: Mesh, *, name: str | None 
     if tuple(shape) != own:
         raise ValueError(f"`features` must be of images of shape {list(shape)}, got a run of {list(own)}: {workdir}")
     state = image_training.restored(workdir, method(config, own), mesh)
-    training = data.load(config.dataset, split="train", data_dir=config.data_dir)
-    return Encoding(config, mesh).by(state.average["encoder"], training["image"])
+    needed = config.norm == "batch"
+    training = data.load(config.dataset, split="train", data_dir=data_dir)["image"] if needed else None
+    return Encoding(config, mesh).by(state.average["encoder"], training)
 
 
 def fit(name: str, config: Config) -> None:
@@ -305,7 +308,7 @@ def embed(name: str, options: Embed) -> None:
     config, _, _ = image_training.recalled(workdir, Config, name)
     arrays = data.load(options.dataset or config.dataset, split=options.split, data_dir=options.data_dir)
     mesh = place.mesh(place.devices(options.platform))
-    encode = encoder(options.workdir, arrays["image"].shape[1:], mesh, name=name)
+    encode = encoder(options.workdir, arrays["image"].shape[1:], mesh, data_dir=options.data_dir, name=name)
     features = encode(data.to_unit(arrays["image"]))
     images.save_arrays(out, features=features, label=arrays["label"])
     print(f"{features.shape[1]} features of {len(features)} images are in {out}")

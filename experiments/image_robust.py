@@ -98,6 +98,8 @@ def check(config: Config) -> None:
             f"`denoiser_steps` must be 0 without the training 'standard', which is what it defends, "
             f"got {config.denoiser_steps} and {config.trainings}"
         )
+    if config.image_size is not None:
+        raise ValueError(f"`image_size` must be none: images are attacked as they are, got {config.image_size}")
     if not 0 <= config.warmup < config.steps:
         raise ValueError(f"`warmup` must lie in [0, `steps`), [0, {config.steps}), got {config.warmup}")
     if any(not config.warmup < step < config.steps for step in config.decays):

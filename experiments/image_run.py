@@ -45,7 +45,9 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
     samples = recipe.Samples(config, shape, classes, mesh)
     own, like = samples.own(), place.state_shapes(ours, mesh)  # a network that does not fit is refused here
     workdir = Path(config.workdir)
-    features = None if config.features is None else image_contrastive.encoder(config.features, shape, mesh)
+    features = None
+    if config.features is not None:
+        features = image_contrastive.encoder(config.features, shape, mesh, data_dir=config.data_dir)
     run.claim(workdir, name, image_training.identity(config, shape, classes))
 
     def picture(step: int, state: Any) -> None:

@@ -195,6 +195,7 @@ def test_the_rate_falls_where_it_should(optimiser):
         ({"decays": (30,)}, "`decays` must lie between `warmup` and `steps`"),
         ({"trainings": ("pgd",)}, "`denoiser_steps` must be 0 without the training 'standard'"),
         ({"groups": 3}, "groups"),
+        ({"image_size": 8}, "`image_size` must be none"),
         ({"queries": 0}, "`queries` must be an integer of at least 1"),
     ],
 )
