@@ -14,7 +14,7 @@ eta is halved, and the example goes back to the best point it has seen, if
     f rose in fewer than 0.75 (w_j - w_{j-1}) of the steps since the last checkpoint, or                  (3)
     eta was not halved there and the best value has not changed since.                                    (4)
 
-For the norm 1 (Croce & Hein 2021, "Mind the box", arXiv:2103.01208, Algorithm 1 and section 3.4) steps are sparse, s
+For the norm 1 (Croce & Hein 2021, "Mind the box", arXiv:2103.01208) steps are sparse, s
 moving a share of the coordinates, and there is no momentum. The first 30 % of the steps are in a ball of radius 3 eps,
 the next 30 % of 2 eps and the rest of eps; each stage starts at the projection of the last one's best point. At
 checkpoints, every 4 % of the steps, the share becomes 2/3 of the coordinates in which the best point differs from the

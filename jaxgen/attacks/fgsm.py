@@ -5,7 +5,7 @@ The linear approximation f(c + d) = f(c) + g . d of an objective is greatest in 
     x = c + eps s(g),    s(g) = sign(g) for inf,    g / || g ||_2 for 2                                  (1)
 
 (Goodfellow et al. 2014, arXiv:1412.6572, section 4), which is then projected onto the bounds. From a random start x_0
-in the ball (FGSM-RS, Wong et al. 2020, arXiv:2001.03994, Algorithm 3) the step is projected onto the ball as well:
+in the ball (FGSM-RS, Wong et al. 2020, arXiv:2001.03994) the step is projected onto the ball as well:
 
     x = P(x_0 + step_size s(grad f(x_0)))                                                                (2)
 """

@@ -203,7 +203,7 @@ def label_free(embed: Logits, x: Array, *, temperature: ArrayLike = 0.5) -> Obje
     """How badly an embedding is recognised among the others: NT-Xent of an attacked example, without labels.
 
     With u_i the attacked example's embedding and v_j the clean ones, of unit length (Chen et al. 2020,
-    arXiv:2002.05709, Eq. 1, ascended as in Kim et al. 2020, arXiv:2006.07589, Eq. 3),
+    arXiv:2002.05709, Eq. 1, ascended as in Kim et al. 2020, arXiv:2006.07589),
 
         log sum_j exp(u_i . v_j / temperature) - u_i . v_i / temperature                                  (7)
 

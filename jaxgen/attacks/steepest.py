@@ -11,8 +11,8 @@ largest first, until the step is used up: with the coordinates in the order of |
     d_i = sign(g_i) clip(step_size - sum_{j < i} c_j, 0, c_i),    c_i = min(step_size / k, r_i)           (2)
 
 k = 1 is the steepest ascent in ball and bounds at once, a linear function's maximum (Croce & Hein 2021,
-arXiv:2103.01208, Proposition 2); without bounds it is the sign of the k largest coordinates (SLIDE, Tramèr & Boneh
-2019, arXiv:1904.13000, section 3.3).
+arXiv:2103.01208); without bounds it is the sign of the k largest coordinates (SLIDE, Tramèr & Boneh
+2019, arXiv:1904.13000).
 """
 
 import math

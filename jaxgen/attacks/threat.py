@@ -15,7 +15,7 @@ never negative since c lies in the bounds, one multiplier for an example does it
 and s = 1, t = 0 where that is within the ball already. In u = s^2 the sum of Eq. 3 is concave and piecewise linear, so
 that Newton's method rises to the solution and ends on it after finitely many steps. In t that of Eq. 4 is piecewise
 linear between the sorted numbers a and a - r: Duchi et al. 2008 ("Efficient projections onto the l1-ball for learning
-in high dimensions") without bounds, Croce & Hein 2021 ("Mind the box", arXiv:2103.01208, Proposition 1) with them.
+in high dimensions") without bounds, Croce & Hein 2021 ("Mind the box", arXiv:2103.01208) with them.
 """
 
 import dataclasses
@@ -215,7 +215,7 @@ def random_start(key: Key, threat: ThreatModel, x: Array) -> Array:
     """A point of the ball, uniform in its volume, projected onto the bounds.
 
     With g of density proportional to exp(-|g|^p) and z exponential, g / (sum |g|^p + z)^(1 / p) is uniform in the
-    unit ball of the norm p (Barthe et al. 2005, arXiv:math/0503650, Theorem 1).
+    unit ball of the norm p (Barthe et al. 2005, arXiv:math/0503650).
 
     Args:
         key: a single key, or [batch] keys: example i draws from ``fold_in(key, i)``.
