@@ -32,6 +32,7 @@ def reduced(module, **fields):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_published_settings_reduced(imagenet2012, tmp_path):
     """The whole experiment on eight devices: archives, crops, two steps of the flow, a grid."""
     transformer = dataclasses.replace(image_diffusion.smoke(imagenet_dit.CONFIG).dit, features=32)
