@@ -1,57 +1,29 @@
-"""Attacks against those of other libraries: ``python -m benchmarks.attacks`` (needs the extra ``[peers]``).
+"""Attacks: ``python -m benchmarks attacks`` (peers: the extra ``[peers]`` and ``pip install --no-deps torchattacks``).
 
-Two tasks, each on one set of weights, which every side loads, and whose outputs are compared before anything is timed:
+Two pieces of work, each on one set of weights, which every side loads:
 
     curve    PGD of 40 steps at 8 radii, on a perceptron of two hidden layers, 16 images of 28 x 28
     resnet   PGD of 20 steps, on a residual network of 0.7 M parameters with BatchNorm as in inference, 16 images of
              32 x 32 x 3
 
-Every side is a process of its own, bound to the same cores; they take turns, one run each, so that whatever else the
-machine does meets all of them alike. Numbers are medians of a run's time and, for each round, of the ratio to jaxgen's.
-
-A Zen 4 machine, otherwise idle, jax 0.10.2, torch 2.13.0: milliseconds, and how many times jaxgen's on
-
-                              one core               two cores
-    curve    jaxgen             28.2                   24.6
-             foolbox-jax       852.0   30.1           802.7   32.3
-             foolbox-torch     107.7    3.9           123.3    4.9
-    resnet   jaxgen            693.1                  391.5
-             torch             971.1    1.37          570.3    1.52
-             torch-compiled    923.7    1.33          480.2    1.26
-             torchattacks      900.7    1.30          547.9    1.42
-             foolbox-torch     916.9    1.28          550.7    1.40
-             foolbox-jax       868.5    1.22          745.1    1.93
+jaxgen's side is one compiled program, the radii its data; every core is a device, to which a part of the images goes.
 """
 
-import argparse
 import functools
 import itertools
 import math
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-BATCH, EPS = 16, 0.1
+from benchmarks.case import Case, Work, cores
+
+EPS = 0.1
 RADII = tuple(np.linspace(0.02, 0.16, 8).tolist())
 STEPS = {"curve": 40, "resnet": 20}
 SHAPES = {"curve": (28, 28, 1), "resnet": (32, 32, 3)}
-SIDES = {
-    "curve": ("jaxgen", "foolbox-jax", "foolbox-torch"),
-    "resnet": ("jaxgen", "torch", "torch-compiled", "torchattacks", "foolbox-torch", "foolbox-jax"),
-}
 WIDTHS, DEPTHS = (32, 64, 128), (2, 2, 2)
-SAME = 0.8  # share of pixels
-
-Run = Callable[[], np.ndarray]
-"""Runs the task once and gives what says whether it was the same work: the adversarial examples [.., batch, ...]."""
 
 
 def weights(task: str) -> dict[str, np.ndarray]:
@@ -76,10 +48,10 @@ def weights(task: str) -> dict[str, np.ndarray]:
     return found | {"logits": kernel(before, 10)}
 
 
-def images(task: str) -> tuple[np.ndarray, np.ndarray]:
+def images(task: str, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Images in [0, 1] and labels."""
     rng = np.random.default_rng(1)
-    return rng.uniform(size=(BATCH, *SHAPES[task])).astype(np.float32), np.arange(BATCH) % 10
+    return rng.uniform(size=(batch, *SHAPES[task])).astype(np.float32), np.arange(batch) % 10
 
 
 def jax_network(task: str) -> Callable[[Any], Any]:
@@ -165,21 +137,23 @@ def torch_network(task: str) -> Any:
     return Network().eval().requires_grad_(False)
 
 
-def jaxgen_side(task: str) -> Run:
-    """One compiled program, the radii its data; every core is a device, to which a part of the images goes."""
+def jaxgen(task: str, steps: int, batch: int) -> Work:
+    """One program for all radii, on all cores."""
     import jax
     import jax.numpy as jnp
 
     from jaxgen import attacks, place
 
-    jax.config.update("jax_num_cpu_devices", int(os.environ["OMP_NUM_THREADS"]))
-    network, (x, labels) = jax_network(task), images(task)
-    keys = jax.random.split(jax.random.key(0), BATCH)  # unused: nothing is drawn
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_num_cpu_devices", cores())
+    network, (x, labels) = jax_network(task), images(task, batch)
+    keys = jax.random.split(jax.random.key(0), batch)  # nothing is drawn from them
+    radii = jnp.asarray(RADII if task == "curve" else (EPS,))
 
     def attacked(keys: Any, x: Any, labels: Any, eps: Any) -> Any:
         threat = attacks.ThreatModel(math.inf, eps=eps, low=0.0, high=1.0)
         return attacks.pgd(
-            keys, attacks.cross_entropy(network, labels), x, threat, steps=STEPS[task], step_size=eps / 10,
+            keys, attacks.cross_entropy(network, labels), x, threat, steps=steps, step_size=eps / 10,
             random_start=False, keep_best=False,
         )  # fmt: skip
 
@@ -187,22 +161,16 @@ def jaxgen_side(task: str) -> Run:
         keys, x, labels = rows
         return jax.vmap(lambda eps: attacked(keys, x, labels, eps), out_axes=1)(radii)
 
-    compiled = place.rows(each, place.mesh())
-    radii = jnp.asarray(RADII if task == "curve" else (EPS,))
-
-    def run() -> np.ndarray:
-        found = np.asarray(compiled(radii, (keys, x, labels))).swapaxes(0, 1)
-        return found if task == "curve" else found[0]
-
-    return run
+    program = place.rows(each, place.mesh())
+    return Work(lambda: program(radii, (keys, x, labels)), outputs=lambda found: np.asarray(found).swapaxes(0, 1))
 
 
-def torch_side(task: str, *, compiled: bool) -> Run:
-    """PGD by hand, channels last."""
+def by_hand(task: str, steps: int, batch: int, *, compiled: bool = False) -> Work:
+    """PGD in PyTorch, channels last."""
     import torch
     from torch.nn import functional
 
-    network, (x, labels) = torch_network(task), images(task)
+    network, (x, labels) = torch_network(task), images(task, batch)
     clean = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     classes = torch.tensor(labels)
 
@@ -211,34 +179,35 @@ def torch_side(task: str, *, compiled: bool) -> Run:
 
     value = torch.compile(loss) if compiled else loss
 
-    def run() -> np.ndarray:
+    def run() -> Any:
         moved = clean
-        for _ in range(STEPS[task]):
+        for _ in range(steps):
             moved = moved.detach().requires_grad_(True)
             (slope,) = torch.autograd.grad(value(moved), moved)
             moved = moved.detach() + EPS / 10 * slope.sign()
             moved = torch.clamp(torch.minimum(torch.maximum(moved, clean - EPS), clean + EPS), 0, 1)
-        return moved.permute(0, 2, 3, 1).numpy()
+        return moved
 
-    return run
+    return Work(run, outputs=lambda moved: from_torch([moved]))
 
 
-def torchattacks_side(task: str) -> Run:
+def torchattacks(task: str, steps: int, batch: int) -> Work:
     """The PGD of torchattacks."""
     import torch
     import torchattacks
 
-    x, labels = images(task)
-    attack = torchattacks.PGD(torch_network(task), eps=EPS, alpha=EPS / 10, steps=STEPS[task], random_start=False)
+    x, labels = images(task, batch)
+    attack = torchattacks.PGD(torch_network(task), eps=EPS, alpha=EPS / 10, steps=steps, random_start=False)
     clean = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return lambda: attack(clean, torch.tensor(labels)).permute(0, 2, 3, 1).numpy()
+    classes = torch.tensor(labels)
+    return Work(lambda: attack(clean, classes), outputs=lambda moved: from_torch([moved]))
 
 
-def foolbox_side(task: str, *, framework: str) -> Run:
+def foolbox(task: str, steps: int, batch: int, *, framework: str) -> Work:
     """The PGD of foolbox, one radius after the other, on a PyTorch module or a jitted function."""
     import foolbox
 
-    x, labels = images(task)
+    x, labels = images(task, batch)
     inputs: Any
     if framework == "torch":
         import torch
@@ -252,94 +221,53 @@ def foolbox_side(task: str, *, framework: str) -> Run:
 
         model = foolbox.JAXModel(jax.jit(jax_network(task)), bounds=(0, 1))
         inputs, classes = jnp.asarray(x), jnp.asarray(labels)
-    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=STEPS[task], random_start=False)
-
-    def run() -> np.ndarray:
-        found = [attack.run(model, inputs, classes, epsilon=eps) for eps in (RADII if task == "curve" else (EPS,))]
-        results = np.stack([np.asarray(moved) for moved in found])
-        results = results.transpose(0, 1, 3, 4, 2) if framework == "torch" else results
-        return results if task == "curve" else results[0]
-
-    return run
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=steps, random_start=False)
+    radii = RADII if task == "curve" else (EPS,)
+    return Work(
+        lambda: [attack.run(model, inputs, classes, epsilon=eps) for eps in radii],
+        outputs=from_torch if framework == "torch" else np.stack,
+    )
 
 
-def side(task: str, name: str) -> Run:
-    """One side, ready to run."""
-    if name == "jaxgen":
-        return jaxgen_side(task)
-    if name.startswith("foolbox"):
-        return foolbox_side(task, framework=name.split("-")[1])
-    if name == "torchattacks":
-        return torchattacks_side(task)
-    return torch_side(task, compiled=name == "torch-compiled")
+def from_torch(moved: Any) -> np.ndarray:
+    """Images of each radius: [radii, batch, height, width, channels]."""
+    return np.stack([np.asarray(one).transpose(0, 2, 3, 1) for one in moved])
 
 
-def work(task: str, name: str, file: Path) -> None:
-    """A process of one side: runs once, stores what came out, then runs and answers with seconds when told to."""
-    if hasattr(os, "sched_setaffinity"):  # before any library has counted cores
-        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])]))
-    run = side(task, name)
-    np.save(file, run())
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()  # its result is a NumPy array: nothing is left to be waited for
-        print(time.perf_counter() - start, flush=True)
-
-
-def compare(task: str, repeats: int, threads: int) -> None:
-    """Runs all sides in turn and prints a line for each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {}
-        for name in SIDES[task]:
-            file = Path(folder) / f"{name}.npy"
-            command = [sys.executable, "-m", "benchmarks.attacks", "--work", task, name, str(file)]
-            process = subprocess.Popen(
-                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+def cases(quick: bool) -> list[Case]:
+    """The two."""
+    found = []
+    for task, sides in {
+        "curve": {"jaxgen": jaxgen, "foolbox-jax": _foolbox("jax"), "foolbox-torch": _foolbox("torch")},
+        "resnet": {
+            "jaxgen": jaxgen,
+            "torch": by_hand,
+            "torch-compiled": functools.partial(by_hand, compiled=True),
+            "torchattacks": torchattacks,
+            "foolbox-torch": _foolbox("torch"),
+            "foolbox-jax": _foolbox("jax"),
+        },
+    }.items():
+        steps, batch = (2, 4) if quick else (STEPS[task], 16)
+        found.append(
+            Case(
+                name=f"{task}-pgd{steps}",
+                settings={"network": task, "steps": steps, "batch": batch, "precision": "float32"},
+                sides={name: functools.partial(side, task, steps) for name, side in sides.items()},
+                batch=batch,
+                libraries={
+                    "torch": ("torch",),
+                    "torch-compiled": ("torch",),
+                    "torchattacks": ("torch", "torchattacks"),
+                    "foolbox-torch": ("torch", "foolbox"),
+                    "foolbox-jax": ("jax", "foolbox"),
+                },
+                # Rounding decides the sign of a gradient that is nearly zero: the same work is not the same everywhere.
+                alike=0.8,
             )
-            assert process.stdout is not None
-            if "ready" not in (line.strip() for line in iter(process.stdout.readline, "")):  # some have more to say
-                raise SystemExit(f"{name} did not start")
-            sides[name] = (process, np.load(file))
-        # Rounding decides the sign of a gradient that is nearly zero: the same work is not the same to the last pixel.
-        ours = sides["jaxgen"][1]
-        same = {name: float((np.abs(result - ours) < 1e-4).mean()) for name, (_, result) in sides.items()}
-        if min(same.values()) < SAME:
-            raise SystemExit(f"{task}: these do not do the same work, shares of equal pixels: {same}")
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(repeats):
-            for name, (process, _result) in sides.items():
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                times[name].append(float(process.stdout.readline()))
-        for name, (process, _result) in sides.items():
-            process.communicate()
-            ratio = statistics.median(b / a for a, b in zip(times["jaxgen"], times[name], strict=True))
-            middle = statistics.median(times[name]) * 1e3
-            print(f"{task:8}{name:16}{middle:10.1f} ms{ratio:8.2f} x   same {same[name]:.1%}")
+        )
+    return found
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=[], help="curve, resnet; both by default")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="and cores, of each side")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.work:
-        task, name, file = options.work
-        return work(task, name, Path(file))
-    if unknown := set(options.tasks) - SIDES.keys():
-        parser.error(f"`tasks` must be of {', '.join(SIDES)}, got {', '.join(sorted(unknown))}")
-    for task in options.tasks or SIDES:
-        compare(task, options.repeats, options.threads)
-    print(f"load of the machine: {', '.join(f'{value:.1f}' for value in os.getloadavg())}")
-    return None
-
-
-if __name__ == "__main__":
-    main()
+def _foolbox(framework: str) -> Callable[..., Work]:
+    return functools.partial(foolbox, framework=framework)

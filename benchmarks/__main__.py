@@ -1,0 +1,140 @@
+"""The benchmarks' command line.
+
+    python -m benchmarks                                    lists them and their cases
+    python -m benchmarks sampling --against diffusers       measures one, beside sides whose name begins so
+    python -m benchmarks compare BEFORE AFTER               ends with 1 if a side has become slower
+    python -m benchmarks report results/                    tables and pictures of what was measured
+
+Every measurement is a line in results/NAME.jsonl. What cannot be trusted is refused: the reason is printed instead of a
+number, and the command ends with 1.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks import compare, record, report, rounds
+from benchmarks.case import Case
+
+SUITES = {
+    "attacks": "adversarial examples: images a second, many radii in one program",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["compare"]:
+        return _compare(words[1:])
+    if words[:1] == ["report"]:
+        return _report(words[1:])
+    return _measure(words)
+
+
+def _measure(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=SUITES, help="which benchmark; none to list all")
+    parser.add_argument(
+        "--against", nargs="*", default=None, metavar="PEER", help="sides beside jaxgen; default: all"
+    )
+    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder that the records are added to")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds, at most")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds for a case's rounds; five are made anyway")
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes: to see that it works, not to quote"
+    )
+    options = parser.parse_args(words)
+    for field in ("threads", "repeats", "budget"):
+        if getattr(options, field) <= 0:
+            parser.error(f"--{field} must be above 0, got {getattr(options, field)}")
+    if options.threads > (os.cpu_count() or 1):
+        parser.error(f"--threads must be at most the machine's {os.cpu_count()}, got {options.threads}")
+    if options.name is None:
+        for name, purpose in SUITES.items():
+            print(f"{name}: {purpose}")
+            for case in cases_of(name, options.quick):
+                print(f"    {case.name:36}{' '.join(case.sides)}")
+        return 0
+    wanted = [case for case in cases_of(options.name, options.quick) if options.case in case.name]
+    if not wanted:
+        parser.error(f"--case must be part of a case's name, got {options.case!r}")
+    refused = False
+    for case in wanted:
+        sides, missing = sides_of(case, options.against)
+        for name, library in missing.items():
+            print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
+        try:
+            found = rounds.measure(
+                options.name, case, sides, threads=options.threads, repeats=options.repeats, budget=options.budget,
+                quick=options.quick,
+            )  # fmt: skip
+        except rounds.RefusedError as reason:
+            refused = True
+            print(f"{case.name:36}REFUSED: {reason}", flush=True)
+            continue
+        for one in found:
+            record.append(options.out / f"{options.name}.jsonl", one)
+            print(report.line(one), flush=True)
+    return int(refused)
+
+
+def cases_of(name: str, quick: bool) -> list[Case]:
+    """A benchmark's cases."""
+    found: list[Case] = importlib.import_module(f"benchmarks.{name}").cases(quick)
+    return found
+
+
+def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The first side, and those whose name begins with one of ``against``; all where it is None.
+
+    Returns:
+        Sides that can run, and of the others the library that is missing.
+    """
+    first, *others = case.sides
+    wanted = [first, *(name for name in others if against is None or name.startswith(tuple(against)))]
+    missing = {}
+    for name in wanted:
+        absent = [library for library in case.libraries.get(name, ()) if importlib.util.find_spec(library) is None]
+        if absent:
+            missing[name] = absent[0]
+    return [name for name in wanted if name not in missing], missing
+
+
+def _compare(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("benchmarks compare", description=compare.__doc__)
+    parser.add_argument("before", type=Path, help="a file of records, or a folder of such")
+    parser.add_argument("after", type=Path, help="likewise")
+    options = parser.parse_args(words)
+    try:
+        found = compare.changes(record.read(options.before), record.read(options.after))
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(compare.table(found))
+    return int(any(change.verdict == "slower" for change in found))
+
+
+def _report(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("benchmarks report", description=report.__doc__)
+    parser.add_argument("folder", type=Path, help="of records; pictures are written beside them")
+    options = parser.parse_args(words)
+    try:
+        found = sorted(record.read(options.folder), key=lambda r: r.suite)
+        for suite, group in groupby(found, key=lambda r: r.suite):
+            records = list(group)
+            print(f"## {suite}\n\n{report.table(records)}\n")
+            report.plot(options.folder / f"{suite}.png", records)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

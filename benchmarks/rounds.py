@@ -1,0 +1,248 @@
+"""Sides of a case take turns, one run each, and a result that cannot be trusted is refused instead of reported.
+
+Refused is what would be a lie:
+
+    a side bound to other cores than it was told, or that uses another number of threads than the others      (1)
+    outputs that are not finite, or that differ between sides: other work                                     (2)
+    a program compiled in the time that is measured                                                           (3)
+    time that does not grow with the batch: work that nobody waited for, or that was optimised away           (4)
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.case import Case
+from benchmarks.record import Context, Record
+from benchmarks.statistics import median_interval, quantile
+
+LEAST = 5  # rounds, whatever the budget
+GROWTH = 1.3  # of the time, at the least, somewhere between twice and 64 times the batch
+
+
+class RefusedError(Exception):
+    """A number that would be a lie."""
+
+
+class Process:
+    """A side's process, from which one line comes back for each that is sent."""
+
+    def __init__(self, suite: str, case: str, side: str, *, threads: int, quick: bool, file: Path) -> None:
+        variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        words = [suite, case, side, str(threads), "quick" if quick else "full", str(file)]
+        self.name = side
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.side", *words],
+            env={**os.environ, **variables}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RefusedError(f"{self.name} ended: see what it printed above")
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Tells it what to do and waits for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure(
+    suite: str, case: Case, sides: Sequence[str], *, threads: int, repeats: int, budget: float, quick: bool = False
+) -> list[Record]:
+    """Measures a case.
+
+    Args:
+        suite: the module of `benchmarks` that has it, as ``cases(quick)``.
+        case: the case.
+        sides: those that take part; the others are compared with the first.
+        threads: cores of each side.
+        repeats: rounds, at most.
+        budget: seconds that all of them may take together; five rounds are made in any case.
+        quick: what ``cases`` was called with.
+
+    Returns:
+        A record for each side.
+
+    Raises:
+        RefusedError: what was measured cannot be trusted.
+    """
+    load_before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        files = {name: Path(folder) / f"{number}.npy" for number, name in enumerate(sides)}
+        processes, told = {}, {}
+        for name in sides:  # one after the other: compilers are not to meet
+            processes[name] = Process(suite, case.name, name, threads=threads, quick=quick, file=files[name])
+            running.callback(processes[name].close)
+            told[name] = processes[name].answer()
+        check_threads(told, threads)
+        alike = check_outputs({name: np.load(file) for name, file in files.items()}, case)
+        seconds = take_turns(processes, repeats=repeats, budget=budget)
+        for name, process in processes.items():
+            check_growth(name, quantile(seconds[name], 0.5), grown(process))
+        ends = {name: process.ask(do="end") for name, process in processes.items()}
+    for name, end in ends.items():
+        if not end["finite"]:
+            raise RefusedError(f"{name}: outputs are not finite")
+    loads = load_before, os.getloadavg()[0]
+    first, records = sides[0], []
+    for name in sides:
+        ratios = [b / a for a, b in zip(seconds[first], seconds[name], strict=True)]
+        one = _record(suite, case, name, told[name], ends[name], seconds[name], threads, loads)
+        if name != first:
+            ratio, low, high = median_interval(ratios)
+            one = dataclasses.replace(one, ratio=ratio, ratio_low=low, ratio_high=high, alike=alike[name])
+        records.append(one)
+    return records
+
+
+def take_turns(processes: Mapping[str, Process], *, repeats: int, budget: float) -> dict[str, list[float]]:
+    """Seconds of every run of every side; who begins a round changes with each.
+
+    Raises:
+        RefusedError: a side compiled while its time was taken.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in processes}
+    names, start = itertools.cycle(processes), time.perf_counter()
+    for number in range(repeats):
+        if number >= LEAST and time.perf_counter() - start > budget:
+            break
+        for name in itertools.islice(names, len(processes)):
+            answer = processes[name].ask(do="run")
+            if answer["compilations"]:
+                raise RefusedError(f"{name}: {answer['compilations']} programs compiled in a run that was timed")
+            seconds[name].append(answer["seconds"])
+        next(names)
+    return seconds
+
+
+def grown(process: Process) -> Iterator[tuple[int, float]]:
+    """Seconds at 2, 4, ... 64 times the batch, each when it is asked for."""
+    for power in range(1, 7):
+        yield 2**power, process.ask(do="grow", factor=2**power)["seconds"]
+
+
+def check_growth(name: str, seconds: float, larger: Iterator[tuple[int, float]]) -> None:
+    """Raises RefusedError if no larger batch takes longer."""
+    seen = []
+    for factor, longer in larger:
+        if longer > GROWTH * seconds:
+            return
+        seen.append(f"{factor} x the batch {longer:.3g} s")
+    raise RefusedError(f"{name}: time does not grow with the batch: {seconds:.3g} s, {', '.join(seen)}")
+
+
+def check_threads(told: Mapping[str, Mapping[str, Any]], threads: int) -> None:
+    """Raises RefusedError if a side has other cores or threads than it was told."""
+    for name, one in told.items():
+        for what in ("cores", "torch_threads"):
+            if one.get(what) is not None and one[what] != threads:
+                raise RefusedError(
+                    f"{name}: {what.replace('_', ' ')} must be {threads} as for all sides, got {one[what]}"
+                )
+    devices = {name: one["device"] for name, one in told.items()}
+    if len(set(devices.values())) > 1:
+        raise RefusedError(f"sides are on different devices: {devices}")
+
+
+def check_outputs(outputs: Mapping[str, np.ndarray], case: Case) -> dict[str, float]:
+    """The share of numbers that agree with the first side's.
+
+    Raises:
+        RefusedError: an output is not finite, has another shape, or agrees in too few.
+    """
+    names = list(outputs)
+    ours = outputs[names[0]]
+    shares = {}
+    for name, output in outputs.items():
+        if not np.isfinite(output).all():
+            raise RefusedError(f"{name}: outputs are not finite")
+        if output.shape != ours.shape:
+            raise RefusedError(f"{name}: outputs of shape {output.shape}, but {ours.shape} of {names[0]}")
+        close = np.abs(output - ours) <= case.tolerance * np.sqrt(np.mean(np.square(ours)))
+        shares[name] = float(close.mean())
+        if shares[name] < case.alike:
+            raise RefusedError(
+                f"{name}: only {shares[name]:.2%} of its output agree with {names[0]}'s to {case.tolerance:g}, "
+                f"{case.alike:.0%} have to: it does other work"
+            )
+    return shares
+
+
+def context_of(told: Mapping[str, Any], threads: int, loads: tuple[float, float]) -> Context:
+    """The circumstances of a side."""
+    return Context(
+        device=told["device"],
+        devices=told["devices"],
+        threads=threads,
+        versions=record.versions(),
+        flags=record.flags(),
+        commit=record.commit(),
+        python=platform.python_version(),
+        load=loads,
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _record(
+    suite: str,
+    case: Case,
+    name: str,
+    told: Mapping[str, Any],
+    end: Mapping[str, Any],
+    seconds: Sequence[float],
+    threads: int,
+    loads: tuple[float, float],
+) -> Record:
+    median, low, high = median_interval(seconds)
+    flops = None if case.flops is None else case.flops() * case.batch
+    peak = end["peak_flops"]
+    return Record(
+        suite=suite,
+        case=case.name,
+        side=name,
+        settings=dict(case.settings),
+        config=record.digest(suite, case.name, dict(case.settings), case.batch),
+        unit=case.unit,
+        batch=case.batch,
+        phases=told["phases"],
+        seconds=tuple(seconds),
+        p50=median,
+        p90=quantile(seconds, 0.9),
+        p99=quantile(seconds, 0.99),
+        low=low,
+        high=high,
+        per_second=case.batch / median,
+        context=context_of(told, threads, loads),
+        flops=flops,
+        compiler_flops=told["flops"],
+        peak_flops=peak,
+        utilisation=None if flops is None or peak is None else flops / median / peak,
+        peak_bytes=end["peak_bytes"],
+        temporary_bytes=told["temporary_bytes"],
+    )
