@@ -38,17 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure(words: list[str]) -> int:
     parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", choices=SUITES, help="which benchmark; none to list all")
-    parser.add_argument(
-        "--against", nargs="*", default=None, metavar="PEER", help="sides beside jaxgen; default: all"
-    )
+    parser.add_argument("--against", nargs="*", default=None, metavar="PEER", help="sides beside jaxgen; default: all")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder that the records are added to")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")
     parser.add_argument("--repeats", type=int, default=30, help="rounds, at most")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for a case's rounds; five are made anyway")
-    parser.add_argument(
-        "--quick", action="store_true", help="toy sizes: to see that it works, not to quote"
-    )
+    parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it works, not to quote")
     options = parser.parse_args(words)
     for field in ("threads", "repeats", "budget"):
         if getattr(options, field) <= 0:

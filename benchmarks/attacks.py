@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Case, Work, cores
+from benchmarks.case import Case, Work, every_core
 
 EPS = 0.1
 RADII = tuple(np.linspace(0.02, 0.16, 8).tolist())
@@ -144,8 +144,7 @@ def jaxgen(task: str, steps: int, batch: int) -> Work:
 
     from jaxgen import attacks, place
 
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_num_cpu_devices", cores())
+    every_core()
     network, (x, labels) = jax_network(task), images(task, batch)
     keys = jax.random.split(jax.random.key(0), batch)  # nothing is drawn from them
     radii = jnp.asarray(RADII if task == "curve" else (EPS,))
@@ -237,7 +236,7 @@ def from_torch(moved: Any) -> np.ndarray:
 def cases(quick: bool) -> list[Case]:
     """The two."""
     found = []
-    for task, sides in {
+    tasks: dict[str, dict[str, Callable[..., Work]]] = {
         "curve": {"jaxgen": jaxgen, "foolbox-jax": _foolbox("jax"), "foolbox-torch": _foolbox("torch")},
         "resnet": {
             "jaxgen": jaxgen,
@@ -247,7 +246,8 @@ def cases(quick: bool) -> list[Case]:
             "foolbox-torch": _foolbox("torch"),
             "foolbox-jax": _foolbox("jax"),
         },
-    }.items():
+    }
+    for task, sides in tasks.items():
         steps, batch = (2, 4) if quick else (STEPS[task], 16)
         found.append(
             Case(

@@ -162,9 +162,7 @@ def check_threads(told: Mapping[str, Mapping[str, Any]], threads: int) -> None:
     for name, one in told.items():
         for what in ("cores", "torch_threads"):
             if one.get(what) is not None and one[what] != threads:
-                raise RefusedError(
-                    f"{name}: {what.replace('_', ' ')} must be {threads} as for all sides, got {one[what]}"
-                )
+                raise RefusedError(f"{name}: `{what}` must be {threads} as for all sides, got {one[what]}")
     devices = {name: one["device"] for name, one in told.items()}
     if len(set(devices.values())) > 1:
         raise RefusedError(f"sides are on different devices: {devices}")
