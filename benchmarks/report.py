@@ -15,7 +15,7 @@ def table(records: Sequence[Record]) -> str:
     """
     _one_kind(records)
     lines = [
-        "| case | side | a second | p50, ms | with 95 % | p90 | p99 | time : the first side's | of peak | memory, MiB |",
+        "| case | side | a second | p50, ms | with 95 % | p90 | p99 | time : the first's | of peak | memory, MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
