@@ -57,6 +57,12 @@ def _measure(words: list[str]) -> int:
             for case in cases_of(name, options.quick):
                 print(f"    {case.name:36}{' '.join(case.sides)}")
         return 0
+    suite = importlib.import_module(f"benchmarks.{options.name}")
+    if hasattr(suite, "records"):  # one that measures by itself
+        for one in suite.records(options):
+            record.append(options.out / f"{options.name}.jsonl", one)
+            print(report.line(one), flush=True)
+        return 0
     wanted = [case for case in cases_of(options.name, options.quick) if options.case in case.name]
     if not wanted:
         parser.error(f"--case must be part of a case's name, got {options.case!r}")
