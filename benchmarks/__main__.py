@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks import compare, record, report, rounds
 from benchmarks.case import Case
 
-SUITES = {
-    "attacks": "adversarial examples: images a second, many radii in one program",
+SUITES = {  # name: module, purpose
+    "attacks": ("attacks", "adversarial examples: images a second, many radii in one program"),
 }
 
 
@@ -52,18 +52,19 @@ def _measure(words: list[str]) -> int:
     if options.threads > (os.cpu_count() or 1):
         parser.error(f"--threads must be at most the machine's {os.cpu_count()}, got {options.threads}")
     if options.name is None:
-        for name, purpose in SUITES.items():
+        for name, (module, purpose) in SUITES.items():
             print(f"{name}: {purpose}")
-            for case in cases_of(name, options.quick):
+            for case in getattr(importlib.import_module(f"benchmarks.{module}"), "cases", no_cases)(options.quick):
                 print(f"    {case.name:36}{' '.join(case.sides)}")
         return 0
-    suite = importlib.import_module(f"benchmarks.{options.name}")
+    module = f"benchmarks.{SUITES[options.name][0]}"
+    suite = importlib.import_module(module)
     if hasattr(suite, "records"):  # one that measures by itself
         for one in suite.records(options):
             record.append(options.out / f"{options.name}.jsonl", one)
             print(report.line(one), flush=True)
         return 0
-    wanted = [case for case in cases_of(options.name, options.quick) if options.case in case.name]
+    wanted = [case for case in suite.cases(options.quick) if options.case in case.name]
     if not wanted:
         parser.error(f"--case must be part of a case's name, got {options.case!r}")
     refused = False
@@ -73,8 +74,8 @@ def _measure(words: list[str]) -> int:
             print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
         try:
             found = rounds.measure(
-                options.name, case, sides, threads=options.threads, repeats=options.repeats, budget=options.budget,
-                quick=options.quick,
+                options.name, module, case, sides, threads=options.threads, repeats=options.repeats,
+                budget=options.budget, quick=options.quick,
             )  # fmt: skip
         except rounds.RefusedError as reason:
             refused = True
@@ -86,10 +87,9 @@ def _measure(words: list[str]) -> int:
     return int(refused)
 
 
-def cases_of(name: str, quick: bool) -> list[Case]:
-    """A benchmark's cases."""
-    found: list[Case] = importlib.import_module(f"benchmarks.{name}").cases(quick)
-    return found
+def no_cases(quick: bool) -> list[Case]:
+    """Of a suite that measures by itself."""
+    return []
 
 
 def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str, str]]:

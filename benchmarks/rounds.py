@@ -41,9 +41,9 @@ class RefusedError(Exception):
 class Process:
     """A side's process, from which one line comes back for each that is sent."""
 
-    def __init__(self, suite: str, case: str, side: str, *, threads: int, quick: bool, file: Path) -> None:
+    def __init__(self, module: str, case: str, side: str, *, threads: int, quick: bool, file: Path) -> None:
         variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-        words = [suite, case, side, str(threads), "quick" if quick else "full", str(file)]
+        words = [module, case, side, str(threads), "quick" if quick else "full", str(file)]
         self.name = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.side", *words],
@@ -73,12 +73,21 @@ class Process:
 
 
 def measure(
-    suite: str, case: Case, sides: Sequence[str], *, threads: int, repeats: int, budget: float, quick: bool = False
+    suite: str,
+    module: str,
+    case: Case,
+    sides: Sequence[str],
+    *,
+    threads: int,
+    repeats: int,
+    budget: float,
+    quick: bool = False,
 ) -> list[Record]:
     """Measures a case.
 
     Args:
-        suite: the module of `benchmarks` that has it, as ``cases(quick)``.
+        suite: the benchmark's name.
+        module: the module that has it, as ``cases(quick)``.
         case: the case.
         sides: those that take part; the others are compared with the first.
         threads: cores of each side.
@@ -97,7 +106,7 @@ def measure(
         files = {name: Path(folder) / f"{number}.npy" for number, name in enumerate(sides)}
         processes, told = {}, {}
         for name in sides:  # one after the other: compilers are not to meet
-            processes[name] = Process(suite, case.name, name, threads=threads, quick=quick, file=files[name])
+            processes[name] = Process(module, case.name, name, threads=threads, quick=quick, file=files[name])
             running.callback(processes[name].close)
             told[name] = processes[name].answer()
         check_threads(told, threads)

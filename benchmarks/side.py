@@ -1,7 +1,7 @@
-"""One side of a case in a process of its own: ``python -m benchmarks.side SUITE CASE SIDE THREADS QUICK``.
+"""One side of a case in a process of its own: ``python -m benchmarks.side MODULE CASE SIDE THREADS QUICK FILE``.
 
-It binds itself to its cores before any library has counted them, gets ready, runs the work once and says so; then it
-does what it is told, a line of JSON for a line of JSON:
+It binds itself to its cores before any library has counted them, gets ready, runs the work, leaves its output in FILE
+and says so; then it does what it is told, a line of JSON for a line of JSON:
 
     {"do": "run"}                   runs the work once          -> {"seconds", "compilations"}
     {"do": "grow", "factor": 2}     of so many times the batch  -> {"seconds"}
@@ -26,17 +26,17 @@ WARM_UP = 2
 
 def main(arguments: list[str]) -> None:
     """Gets ready, answers, ends with its input."""
-    suite, case_name, name, threads, quick, file = arguments
+    module, case_name, name, threads, quick, file = arguments
     # What libraries print goes elsewhere: this process's own output is the answers alone.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         _bind(int(threads))
-        serve(suite, case_name, name, quick == "quick", file, answers)
+        serve(module, case_name, name, quick == "quick", file, answers)
 
 
-def serve(suite: str, case_name: str, name: str, quick: bool, file: str, answers: IO[str]) -> None:
+def serve(module: str, case_name: str, name: str, quick: bool, file: str, answers: IO[str]) -> None:
     """The process's life."""
-    cases = {case.name: case for case in importlib.import_module(f"benchmarks.{suite}").cases(quick)}
+    cases = {case.name: case for case in importlib.import_module(module).cases(quick)}
     case = cases[case_name]
     start = time.perf_counter()
     libraries = case.libraries.get(name, ("jax",))
