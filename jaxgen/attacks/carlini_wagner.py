@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxgen import checks
 from jaxgen.attacks.boundary import classifier_of, in_reach, within
@@ -25,15 +26,16 @@ from jaxgen.attacks.threat import ThreatModel, check, distance
 from jaxgen.typing import Array, ArrayLike, Key, Objective
 
 
-class _Adam(NamedTuple):
-    u: Array
-    mean: Array
-    square: Array
-
-
 class _Found(NamedTuple):
     x: Array
     distance: Array
+
+
+class _Descent(NamedTuple):
+    u: Array
+    adam: optax.OptState
+    found: _Found
+    success: Array
 
 
 class _Weight(NamedTuple):
@@ -115,24 +117,24 @@ def carlini_wagner(
         return jnp.sum(squared + c * jnp.maximum(confidence - value, 0)), (moved, won & (value >= confidence))
 
     gradient = jax.grad(loss, has_aux=True)
+    adam = optax.adam(step_size)  # elementwise, so that examples do not see each other
 
     def search(carry: tuple[_Found, _Weight], nothing: None) -> tuple[tuple[_Found, _Weight], None]:
         found, bracket = carry
         c = bracket.weight
 
-        def step(state: tuple[_Adam, _Found, Array], t: Array) -> tuple[tuple[_Adam, _Found, Array], None]:
-            adam, found, success = state
-            g, (moved, won) = gradient(adam.u, c)
-            mean, square = 0.9 * adam.mean + 0.1 * g, 0.999 * adam.square + 0.001 * jnp.square(g)
-            change = mean / (1 - 0.9**t) / (jnp.sqrt(square / (1 - 0.999**t)) + 1e-8)
+        def step(state: _Descent, nothing: None) -> tuple[_Descent, None]:
+            g, (moved, won) = gradient(state.u, c)
+            updates, adam_state = adam.update(g, state.adam)
             far = distance(2, moved, x)
-            nearer = won & (far < found.distance)
-            found = _Found(jax.vmap(jnp.where)(nearer, moved, found.x), jnp.where(nearer, far, found.distance))
-            return (_Adam(adam.u - step_size * change, mean, square), found, success | won), None
+            nearer = won & (far < state.found.distance)
+            found = _Found(
+                jax.vmap(jnp.where)(nearer, moved, state.found.x), jnp.where(nearer, far, state.found.distance)
+            )
+            return _Descent(state.u + updates, adam_state, found, state.success | won), None
 
-        times = jnp.arange(1, steps + 1, dtype=wide)
-        begin = _Adam(start, jnp.zeros_like(start), jnp.zeros_like(start)), found, jnp.zeros_like(c, bool)
-        (_, found, success), _ = jax.lax.scan(step, begin, times, unroll=unroll)
+        begin = _Descent(start, adam.init(start), found, jnp.zeros_like(c, bool))
+        (_, _, found, success), _ = jax.lax.scan(step, begin, length=steps, unroll=unroll)
         low, high = jnp.where(success, bracket.low, c), jnp.where(success, c, bracket.high)
         return (found, _Weight(jnp.where(high < jnp.inf, (low + high) / 2, 10 * c), low, high)), None
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen import checks
+from jaxgen.metrics.distances import squared_distances
 from jaxgen.typing import Array
 
 
@@ -11,12 +12,13 @@ def nearest_neighbours(queries: Array, references: Array, *, block_size: int = 2
     """The nearest reference of each query, in Euclidean distance.
 
     Args:
-        queries: [n, features], floating.
-        references: [m, features], m at least 1; floating.
-        block_size: how many queries are compared at a time: memory is block_size x m.
+        queries: [n, features], floating, and computed with in float32 at least.
+        references: [m, features], m at least 1; likewise.
+        block_size: how many queries are compared at a time: memory is block_size x m, beside a copy of the features.
 
     Returns:
-        Distances [n], and the indices [n] of the references.
+        Distances [n], and the indices [n] of the references, of several as near the first. A query of NaN, or any query
+        if a reference is NaN, gets NaN.
 
     Raises:
         ValueError: a shape is wrong, or ``block_size`` is less than 1.
@@ -34,13 +36,12 @@ def nearest_neighbours(queries: Array, references: Array, *, block_size: int = 2
             f"`references` must be at least 1 row of {queries.shape[1]} features, got shape {list(references.shape)}"
         )
 
-    # |q - r|^2 expands to a product of matrices; the offset common to all keeps its digits.
-    centre = jnp.mean(references, axis=0)
-    references = references - centre
-    lengths = jnp.sum(references**2, axis=1)
+    dtype = jnp.promote_types(jnp.result_type(queries, references), jnp.float32)
+    queries, references = jnp.asarray(queries, dtype), jnp.asarray(references, dtype)
+    columns = references.T
 
     def nearest(query: Array) -> tuple[Array, Array]:
-        index = jnp.argmin(lengths - 2 * jnp.matmul(references, query - centre, precision="highest"))
-        return jnp.linalg.norm(query - centre - references[index]), index
+        index = jnp.argmin(squared_distances(query, columns))
+        return jnp.linalg.norm(query - references[index]), index
 
     return jax.lax.map(nearest, queries, batch_size=block_size)

@@ -12,6 +12,8 @@ from jaxgen.nets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxgen.nets.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from jaxgen.nets.embedding import LabelEmbedding, time_embedding
 from jaxgen.nets.heads import MLP
+from jaxgen.nets.inception import Inception
+from jaxgen.nets.inception_input import clean_fid_input, pytorch_fid_input, tensorflow_fid_input
 from jaxgen.nets.initialisation import constant, init, normal, variance_scaling
 from jaxgen.nets.normalisation import BatchNorm, GroupNorm, RMSNorm, calibrate, layer_norm
 from jaxgen.nets.patches import patchify, unpatchify
@@ -35,6 +37,7 @@ __all__ = [
     "DiT_S",
     "DiT_XL",
     "GroupNorm",
+    "Inception",
     "LabelEmbedding",
     "Positions",
     "R3GANDiscriminator",
@@ -52,6 +55,7 @@ __all__ = [
     "bilinear_upsample",
     "calibrate",
     "cifar_stem",
+    "clean_fid_input",
     "constant",
     "convolve",
     "convolve_transpose",
@@ -60,10 +64,12 @@ __all__ = [
     "layer_norm",
     "normal",
     "patchify",
+    "pytorch_fid_input",
     "rotary_positions",
     "rotate",
     "sincos",
     "sincos_positions",
+    "tensorflow_fid_input",
     "time_embedding",
     "unpatchify",
     "upsample_convolve",

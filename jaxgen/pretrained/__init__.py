@@ -16,6 +16,7 @@ What it was trained to predict, and on which path, is not in its directory but i
 ``beta_end`` 0.02 in ``num_train_timesteps`` 1000) and ``"prediction_type": "epsilon"``.
 """
 
+from jaxgen.pretrained.inception import load_inception
 from jaxgen.pretrained.unet import load_diffusers_unet, save_diffusers_unet
 
-__all__ = ["load_diffusers_unet", "save_diffusers_unet"]
+__all__ = ["load_diffusers_unet", "load_inception", "save_diffusers_unet"]

@@ -92,5 +92,7 @@ def test_growth_is_looked_for_until_it_is_seen():
 
 def test_agreement_is_a_share():
     ours = np.array([1.0, -1.0, 1.0, -1.0])
-    found = rounds.check_outputs({"a": ours, "b": ours + [0, 0, 0, 0.5]}, liars.Case("c", {}, {}, 1, alike=0.75))
+    found = rounds.check_outputs(
+        {"a": ours, "b": ours + np.array([0, 0, 0, 0.5])}, liars.Case("c", {}, {}, 1, alike=0.75)
+    )
     assert found == {"a": 1.0, "b": 0.75}
