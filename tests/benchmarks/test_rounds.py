@@ -96,3 +96,19 @@ def test_agreement_is_a_share():
         {"a": ours, "b": ours + np.array([0, 0, 0, 0.5])}, liars.Case("c", {}, {}, 1, alike=0.75)
     )
     assert found == {"a": 1.0, "b": 0.75}
+
+
+def test_who_begins_changes_with_each_round():
+    order = []
+
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, **_):
+            order.append(self.name)
+            return {"seconds": 1.0, "compilations": 0}
+
+    found = rounds.take_turns({name: Noted(name) for name in "abc"}, repeats=4, budget=60.0)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert found == {name: [1.0] * 4 for name in "abc"}
