@@ -44,6 +44,7 @@ def _measure(words: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")
     parser.add_argument("--repeats", type=int, default=30, help="rounds, at most")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds for a case's rounds; five are made anyway")
+    parser.add_argument("--run", type=Path, help="quality: directory of a run of digits_diffusion; trained if need be")
     parser.add_argument("--quick", action="store_true", help="toy sizes: to see that it works, not to quote")
     options = parser.parse_args(words)
     for field in ("threads", "repeats", "budget"):
@@ -60,9 +61,13 @@ def _measure(words: list[str]) -> int:
     module = f"benchmarks.{SUITES[options.name][0]}"
     suite = importlib.import_module(module)
     if hasattr(suite, "records"):  # one that measures by itself
-        for one in suite.records(options):
-            record.append(options.out / f"{options.name}.jsonl", one)
-            print(report.line(one), flush=True)
+        try:
+            for one in suite.records(options):
+                record.append(options.out / f"{options.name}.jsonl", one)
+                print(report.line(one), flush=True)
+        except rounds.RefusedError as reason:
+            print(f"REFUSED: {reason}", flush=True)
+            return 1
         return 0
     wanted = [case for case in suite.cases(options.quick) if options.case in case.name]
     if not wanted:
@@ -131,7 +136,8 @@ def _report(words: list[str]) -> int:
         for suite, group in groupby(found, key=lambda r: r.suite):
             records = list(group)
             print(f"## {suite}\n\n{report.table(records)}\n")
-            report.plot(options.folder / f"{suite}.png", records)
+            module = importlib.import_module(f"benchmarks.{SUITES[suite][0]}") if suite in SUITES else report
+            getattr(module, "plot", report.plot)(options.folder / f"{suite}.png", records)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ class Work(NamedTuple):
         phases: seconds of what went before, by name: "lower", "compile".
         flops: of one run, as the compiler counts them.
         temporary_bytes: memory of one run beside arguments and results, as the compiler plans it.
+        quality: from the array by which sides are compared to scores by name, where the work has any.
     """
 
     run: Callable[[], Any]
@@ -27,6 +28,7 @@ class Work(NamedTuple):
     phases: Mapping[str, float] = {}
     flops: float | None = None
     temporary_bytes: int | None = None
+    quality: Callable[[np.ndarray], Mapping[str, float]] = lambda output: {}
 
 
 Side = Callable[[int], Work]

@@ -14,14 +14,18 @@ def table(records: Sequence[Record]) -> str:
         ValueError: some are measured and some are estimates.
     """
     _one_kind(records)
-    lines = [
-        "| case | side | a second | p50, ms | with 95 % | p90 | p99 | time : the first's | of peak | memory, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    scores = list(dict.fromkeys(name for r in records for name in r.quality))
+    columns = [
+        "case", "side", "a second", "p50, ms", "with 95 %", "p90", "p99", "time : the first's", "of peak",
+        "memory, MiB",
+        *(name.replace("_", " ") for name in scores),
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [
         f"| {r.case} | {r.side} | {r.per_second:.4g} {r.unit} | {r.p50 * 1e3:.4g} "
         f"| {r.low * 1e3:.4g} to {r.high * 1e3:.4g} | {r.p90 * 1e3:.4g} | {r.p99 * 1e3:.4g} | {_ratio(r)} "
         f"| {_percent(r.utilisation)} | {_mebibytes(r.peak_bytes)} |"
+        + "".join(f" {_score(r, name)} |" for name in scores)
         for r in records
     ]
     context = records[0].context
@@ -76,6 +80,10 @@ def _one_kind(records: Sequence[Record]) -> None:
 
 def _ratio(r: Record) -> str:
     return "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
+
+
+def _score(r: Record, name: str) -> str:
+    return f"{r.quality[name]:.3g}" if name in r.quality else ""
 
 
 def _percent(value: float | None) -> str:

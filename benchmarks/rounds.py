@@ -252,4 +252,5 @@ def _record(
         utilisation=None if flops is None or peak is None else flops / median / peak,
         peak_bytes=end["peak_bytes"],
         temporary_bytes=told["temporary_bytes"],
+        quality=told["quality"],
     )

@@ -66,6 +66,7 @@ def serve(module: str, case_name: str, name: str, quick: bool, file: str, answer
         phases={"import": imported, "build": ready - start - known, **work.phases, "first": first},
         flops=work.flops,
         temporary_bytes=work.temporary_bytes,
+        quality=dict(work.quality(result)),
         **_machine(framework),
     )
     for line in sys.stdin:

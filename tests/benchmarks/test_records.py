@@ -93,12 +93,15 @@ def test_what_is_not_compared(other, message, tmp_path, capsys):
 
 def test_tables_and_pictures(tmp_path, capsys):
     peer = dataclasses.replace(SLOW, side="peer", ratio=2.0, ratio_low=1.9, ratio_high=2.1, peak_bytes=3 * 2**20)
-    for one in (FAST, peer, made([0.5], case="two")):
+    for one in (FAST, peer, made([0.5], case="two", quality={"relative_error": 0.0125})):
         record.append(tmp_path / "s.jsonl", one)
     assert main(["report", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| one | peer | 1.905 images | 2100 |" in printed
     assert "| 2.00 (1.90 to 2.10) |" in printed
+    assert "| memory, MiB | relative error |" in printed
+    assert "|  | 0.0125 |\n" in printed
+    assert "| 3 |  |\n" in printed
     assert "a chip, 2 threads, commit abc; jax 1." in printed
     with Image.open(tmp_path / "s.png") as image:
         assert min(image.size) > 100

@@ -35,6 +35,7 @@ def test_what_is_measured(honest):
     assert ours.p50 <= ours.p90 <= ours.p99 <= max(ours.seconds)
     assert ours.per_second == pytest.approx(2 / ours.p50)
     assert ours.flops == 20.0
+    assert (ours.quality, theirs.quality) == ({"largest": 1.0}, {})
     assert ours.peak_flops is None  # of a side that is not JAX's
     assert ours.phases.keys() == {"import", "build", "first"}
     assert ours.context.threads == 1
