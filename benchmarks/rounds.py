@@ -119,15 +119,7 @@ def measure(
         if not end["finite"]:
             raise RefusedError(f"{name}: outputs are not finite")
     loads = load_before, os.getloadavg()[0]
-    first, records = sides[0], []
-    for name in sides:
-        ratios = [b / a for a, b in zip(seconds[first], seconds[name], strict=True)]
-        one = _record(suite, case, name, told[name], ends[name], seconds[name], threads, loads)
-        if name != first:
-            ratio, low, high = median_interval(ratios)
-            one = dataclasses.replace(one, ratio=ratio, ratio_low=low, ratio_high=high, alike=alike[name])
-        records.append(one)
-    return records
+    return records_of(suite, case, seconds, told, ends, alike, threads=threads, loads=loads)
 
 
 def take_turns(processes: Mapping[str, Process], *, repeats: int, budget: float) -> dict[str, list[float]]:
@@ -216,41 +208,62 @@ def context_of(told: Mapping[str, Any], threads: int, loads: tuple[float, float]
     )
 
 
-def _record(
+def records_of(
     suite: str,
     case: Case,
-    name: str,
-    told: Mapping[str, Any],
-    end: Mapping[str, Any],
-    seconds: Sequence[float],
+    seconds: Mapping[str, Sequence[float]],
+    told: Mapping[str, Mapping[str, Any]],
+    ends: Mapping[str, Mapping[str, Any]],
+    alike: Mapping[str, float],
+    *,
     threads: int,
     loads: tuple[float, float],
-) -> Record:
-    median, low, high = median_interval(seconds)
+) -> list[Record]:
+    """What was measured, a record for each side.
+
+    Args:
+        suite: the benchmark's name.
+        case: the case.
+        seconds: by side, the first one's first: of every run, those of one round in one place.
+        told: by side, what it said when it was ready (`benchmarks.side`); what is missing is unknown.
+        ends: by side, what it said at its end; likewise.
+        alike: from `check_outputs`.
+        threads: cores of each side.
+        loads: of the machine, before and after.
+    """
+    first, *_ = seconds
     flops = None if case.flops is None else case.flops() * case.batch
-    peak = end["peak_flops"]
-    return Record(
-        suite=suite,
-        case=case.name,
-        side=name,
-        settings=dict(case.settings),
-        config=record.digest(suite, case.name, dict(case.settings), case.batch),
-        unit=case.unit,
-        batch=case.batch,
-        phases=told["phases"],
-        seconds=tuple(seconds),
-        p50=median,
-        p90=quantile(seconds, 0.9),
-        p99=quantile(seconds, 0.99),
-        low=low,
-        high=high,
-        per_second=case.batch / median,
-        context=context_of(told, threads, loads),
-        flops=flops,
-        compiler_flops=told["flops"],
-        peak_flops=peak,
-        utilisation=None if flops is None or peak is None else flops / median / peak,
-        peak_bytes=end["peak_bytes"],
-        temporary_bytes=told["temporary_bytes"],
-        quality=told["quality"],
-    )
+    records = []
+    for name, runs in seconds.items():
+        median, low, high = median_interval(runs)
+        peak = ends[name].get("peak_flops")
+        one = Record(
+            suite=suite,
+            case=case.name,
+            side=name,
+            settings=dict(case.settings),
+            config=record.digest(suite, case.name, dict(case.settings), case.batch),
+            unit=case.unit,
+            batch=case.batch,
+            phases=told[name]["phases"],
+            seconds=tuple(runs),
+            p50=median,
+            p90=quantile(runs, 0.9),
+            p99=quantile(runs, 0.99),
+            low=low,
+            high=high,
+            per_second=case.batch / median,
+            context=context_of(told[name], threads, loads),
+            flops=flops,
+            compiler_flops=told[name].get("flops"),
+            peak_flops=peak,
+            utilisation=None if flops is None or peak is None else flops / median / peak,
+            peak_bytes=ends[name].get("peak_bytes"),
+            temporary_bytes=told[name].get("temporary_bytes"),
+            quality=told[name].get("quality", {}),
+        )
+        if name != first:
+            ratio, least, most = median_interval([b / a for a, b in zip(seconds[first], runs, strict=True)])
+            one = dataclasses.replace(one, ratio=ratio, ratio_low=least, ratio_high=most, alike=alike[name])
+        records.append(one)
+    return records

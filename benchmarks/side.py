@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     # What libraries print goes elsewhere: this process's own output is the answers alone.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
-        _bind(int(threads))
+        bind(int(threads))
         serve(module, case_name, name, quick == "quick", file, answers)
 
 
@@ -44,7 +44,7 @@ def serve(module: str, case_name: str, name: str, quick: bool, file: str, answer
         importlib.import_module(library)
     imported = time.perf_counter() - start
     framework = libraries[0]
-    compilations = _counter() if framework == "jax" else lambda: 0
+    compilations = compilation_counter() if framework == "jax" else lambda: 0
     settled = functools.partial(_settled, framework)
     before = _resident()
     start = time.perf_counter()
@@ -67,7 +67,7 @@ def serve(module: str, case_name: str, name: str, quick: bool, file: str, answer
         flops=work.flops,
         temporary_bytes=work.temporary_bytes,
         quality=dict(work.quality(result)),
-        **_machine(framework),
+        **machine(framework),
     )
     for line in sys.stdin:
         order = json.loads(line)
@@ -98,7 +98,7 @@ def _settled(framework: str, outputs: Any) -> Any:
     return outputs
 
 
-def _machine(framework: str) -> dict[str, Any]:
+def machine(framework: str) -> dict[str, Any]:
     """What this side runs on, and how many cores and threads it would use."""
     found: dict[str, Any] = {"device": record.processor(), "devices": 1}
     if framework == "jax":
@@ -119,7 +119,8 @@ def _cuda() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
 
 
-def _bind(threads: int) -> None:
+def bind(threads: int) -> None:
+    """Leaves this process so many of its cores. To be called before any library counts them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
 
@@ -130,7 +131,7 @@ def _timed(settled: Callable[[Any], Any], run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _counter() -> Callable[[], int]:
+def compilation_counter() -> Callable[[], int]:
     """How many programs JAX has compiled from here on."""
     from jax import monitoring
 
