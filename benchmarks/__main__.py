@@ -11,11 +11,11 @@ number, and the command ends with 1.
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from benchmarks import compare, record, report, rounds
 from benchmarks.case import Case
@@ -60,21 +60,14 @@ def _measure(words: list[str]) -> int:
         return 0
     module = f"benchmarks.{SUITES[options.name][0]}"
     suite = importlib.import_module(module)
-    if hasattr(suite, "records"):  # one that measures by itself
-        try:
-            for one in suite.records(options):
-                record.append(options.out / f"{options.name}.jsonl", one)
-                print(report.line(one), flush=True)
-        except rounds.RefusedError as reason:
-            print(f"REFUSED: {reason}", flush=True)
-            return 1
-        return 0
+    if hasattr(suite, "records"):
+        return _measure_itself(suite, options)
     wanted = [case for case in suite.cases(options.quick) if options.case in case.name]
     if not wanted:
         parser.error(f"--case must be part of a case's name, got {options.case!r}")
     refused = False
     for case in wanted:
-        sides, missing = sides_of(case, options.against)
+        sides, missing = rounds.sides_of(case, options.against)
         for name, library in missing.items():
             print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
         try:
@@ -92,25 +85,23 @@ def _measure(words: list[str]) -> int:
     return int(refused)
 
 
+def _measure_itself(suite: Any, options: argparse.Namespace) -> int:
+    file = options.out / f"{options.name}.jsonl"
+    try:
+        for one in suite.records(options):
+            record.append(file, one)
+            print(report.line(one), flush=True)
+    except rounds.RefusedError as reason:
+        print(f"REFUSED: {reason}", flush=True)
+        return 1
+    if hasattr(suite, "plot"):
+        suite.plot(file.with_suffix(".png"), record.read(file))
+    return 0
+
+
 def no_cases(quick: bool) -> list[Case]:
     """Of a suite that measures by itself."""
     return []
-
-
-def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str, str]]:
-    """The first side, and those whose name begins with one of ``against``; all where it is None.
-
-    Returns:
-        Sides that can run, and of the others the library that is missing.
-    """
-    first, *others = case.sides
-    wanted = [first, *(name for name in others if against is None or name.startswith(tuple(against)))]
-    missing = {}
-    for name in wanted:
-        absent = [library for library in case.libraries.get(name, ()) if importlib.util.find_spec(library) is None]
-        if absent:
-            missing[name] = absent[0]
-    return [name for name in wanted if name not in missing], missing
 
 
 def _compare(words: list[str]) -> int:

@@ -11,6 +11,7 @@ Refused is what would be a lie:
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from benchmarks.record import Context, Record
 from benchmarks.statistics import median_interval, quantile
 
 LEAST = 5  # rounds, whatever the budget
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # variables that libraries read
 GROWTH = 1.3  # of the time, at the least, somewhere between twice and 64 times the batch
 
 
@@ -42,7 +44,7 @@ class Process:
     """A side's process, from which one line comes back for each that is sent."""
 
     def __init__(self, module: str, case: str, side: str, *, threads: int, quick: bool, file: Path) -> None:
-        variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        variables = dict.fromkeys(THREADS, str(threads))
         words = [module, case, side, str(threads), "quick" if quick else "full", str(file)]
         self.name = side
         self.process = subprocess.Popen(
@@ -70,6 +72,22 @@ class Process:
         """Ends it."""
         self.process.kill()
         self.process.communicate()
+
+
+def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The first side, and those whose name begins with one of ``against``; all where it is None.
+
+    Returns:
+        Sides that can run, and of the others the library that is missing.
+    """
+    first, *others = case.sides
+    wanted = [first, *(name for name in others if against is None or name.startswith(tuple(against)))]
+    missing = {}
+    for name in wanted:
+        absent = [library for library in case.libraries.get(name, ()) if importlib.util.find_spec(library) is None]
+        if absent:
+            missing[name] = absent[0]
+    return [name for name in wanted if name not in missing], missing
 
 
 def measure(
