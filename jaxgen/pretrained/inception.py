@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen import nets
 from jaxgen.pretrained.tensors import Tensor
-from jaxgen.pretrained.unet import _match
+from jaxgen.pretrained.tensors import match
 from jaxgen.typing import Params
 
 _SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -60,7 +60,7 @@ def load_inception(path: str | os.PathLike[str]) -> Params:
     tensors = _tensors()
     expected = {tensor.name: tensor.shape for tensor in jax.tree.leaves(tensors)}
     counters = {name.replace("running_var", "num_batches_tracked") for name in expected} - expected.keys()
-    _match("the weights", expected, {name: array for name, array in stored.items() if name not in counters})
+    match("the weights", expected, {name: array for name, array in stored.items() if name not in counters})
     for name in expected:
         if stored[name].dtype != np.float32:
             raise ValueError(f"the weights must be float32, got {stored[name].dtype} for {name}")

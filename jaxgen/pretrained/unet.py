@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxgen import checks, nets
-from jaxgen.pretrained.config import CLASS, OPTIONS, listed, to_config, to_network
+from jaxgen.pretrained.config import CLASS, OPTIONS, to_config, to_network
 from jaxgen.pretrained.files import CONFIG, WEIGHTS, read_json, read_tensors
-from jaxgen.pretrained.tensors import Tensor, tensor
+from jaxgen.pretrained.tensors import Tensor, match, tensor
 from jaxgen.typing import Params
 
 
@@ -47,7 +47,7 @@ def load_diffusers_unet(directory: str | os.PathLike[str]) -> tuple[nets.UNet, P
     network = to_network(config)
     tensors = _tensors(network, config.get("in_channels", OPTIONS["in_channels"].default))
     stored = read_tensors(directory)
-    _match("the weights", {tensor.name: tensor.shape for tensor in jax.tree.leaves(tensors)}, stored)
+    match("the weights", {tensor.name: tensor.shape for tensor in jax.tree.leaves(tensors)}, stored)
     return network, jax.tree.map(lambda tensor: jnp.asarray(tensor.to_ours(stored[tensor.name])), tensors)
 
 
@@ -78,7 +78,7 @@ def save_diffusers_unet(
     leaves = _by_name(params)
     config = to_config(network, leaves, sample_size)
     tensors = _by_name(_tensors(to_network(config), config["in_channels"]))
-    _match("`params`", {name: tensor.our_shape for name, tensor in tensors.items()}, leaves)
+    match("`params`", {name: tensor.our_shape for name, tensor in tensors.items()}, leaves)
     for name, leaf in leaves.items():
         if leaf.dtype != np.float32:
             raise ValueError(f"`params` must be float32, got {leaf.dtype} for {name}")
@@ -111,14 +111,3 @@ def _name(path: Any) -> str:
 def _by_name(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Tensor))
     return {_name(path): leaf for path, leaf in leaves}
-
-
-def _match(what: str, expected: Mapping[str, tuple[int, ...]], came: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the arrays have the expected names and shapes."""
-    if missing := expected.keys() - came.keys():
-        raise ValueError(f"{what} must be those of the network, but these are missing: {listed(missing)}")
-    if unexpected := came.keys() - expected.keys():
-        raise ValueError(f"{what} must be those of the network, but it has no {listed(unexpected)}")
-    for name, shape in expected.items():
-        if np.shape(came[name]) != shape:
-            raise ValueError(f"{what} must have {name} of shape {list(shape)}, got {list(np.shape(came[name]))}")
