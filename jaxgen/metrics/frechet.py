@@ -35,8 +35,8 @@ def frechet_distance(a: Array | Moments, b: Array | Moments) -> Array:
         b: [m, features], m at least 2; likewise.
 
     Returns:
-        A scalar, in the features' squared units; NaN if a feature is, or where a count of moments turns out below 2 when
-        compiled code runs. Differentiable by an array whose rows are more than its features if these are linearly
+        A scalar, in the features' squared units; NaN if a feature is, or where moments turn out to be of fewer than 2
+        rows when compiled code runs. Differentiable by an array of more rows than features if these are linearly
         independent, by one of fewer rows always.
 
     Raises:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgen.metrics import PrecisionRecall, precision_recall
+from tests.metrics import peers
 
 score = jax.jit(precision_recall, static_argnames=("neighbours", "block_size"))
 
@@ -147,6 +148,15 @@ def test_under_vmap():
     generated, real = (np.stack([points(rows, seed=rows + i) for i in range(3)]) for rows in (20, 30))
     batched = jax.vmap(precision_recall)(generated, real)
     assert_scores(np.transpose(batched), [naive(*pair, 3) for pair in zip(generated, real, strict=True)])
+
+
+def test_agrees_with_torch_fidelity():
+    peer = peers.torch_fidelity("prc")
+    import torch
+
+    generated, real = points(37, spread=0.8), points(53, seed=1, offset=0.1)
+    pair = (torch.tensor(x).double() for x in (generated, real))
+    assert_scores(score(generated, real), peer.calculate_precision_recall_full(*pair))
 
 
 @pytest.mark.parametrize(

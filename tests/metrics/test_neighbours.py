@@ -43,6 +43,27 @@ def test_block_size_changes_nothing(block_size):
     assert_nearest(search(queries, references, block_size=block_size), queries, references)
 
 
+def test_narrow_clusters_keep_their_digits():
+    """Ten modes, a thousand times narrower than they are apart, where |r|^2 - 2 q . r has no digits left."""
+    modes = features(10)
+    queries, references = (modes[np.arange(n) % 10] + 1e-3 * features(n, seed=n) for n in (30, 80))
+    assert_nearest(search(queries, references), queries, references)
+
+
+def test_half_precision_is_computed_in_float32():
+    queries, references = jnp.asarray(features(6), jnp.bfloat16), jnp.asarray(features(9, seed=1), jnp.bfloat16)
+    assert search(queries, references)[0].dtype == jnp.float32
+    assert_nearest(search(queries, references), queries, references)
+
+
+def test_nan_comes_out():
+    queries, references = features(6), features(9, seed=1)
+    queries[2, 1] = np.nan
+    np.testing.assert_array_equal(np.isnan(search(queries, references)[0]), np.arange(6) == 2)
+    references[4, 1] = np.nan
+    assert np.isnan(search(queries, references)[0]).all()
+
+
 def test_memory_grows_with_the_block_and_not_with_the_queries():
     shapes = [jax.ShapeDtypeStruct((rows, 12), jnp.float32) for rows in (4096, 1000)]
     memory = search.lower(*shapes, block_size=16).compile().memory_analysis().temp_size_in_bytes
