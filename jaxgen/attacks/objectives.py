@@ -308,8 +308,9 @@ class Best(NamedTuple):
 
 def unseen(x: Array) -> Best:
     """Where a search begins: at ``x`` [batch, ...] of the value -inf, which any point that has a value beats."""
-    value = jnp.full(x.shape[:1], -jnp.inf, jnp.promote_types(x.dtype, jnp.float32))
-    return Best(x, value, jnp.zeros(x.shape[:1], bool))
+    # Like x, so that under shard_map they vary over the axes that it does.
+    value = jnp.full_like(x, -jnp.inf, dtype=jnp.promote_types(x.dtype, jnp.float32), shape=x.shape[:1])
+    return Best(x, value, jnp.zeros_like(value, bool))
 
 
 def better(best: Best, other: Best) -> Best:

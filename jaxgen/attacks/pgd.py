@@ -90,7 +90,7 @@ def pgd(
         moved = advance(threat, now, gradient, length, share=share)
         return (project(threat, moved, x), momentum, best), None
 
-    momentum = None if decay is None else jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    momentum = None if decay is None else jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
     best = unseen(start) if keep_best else None
     (last, _, best), _ = jax.lax.scan(step, (start, momentum, best), length=steps, unroll=unroll)
     return last if best is None else better(best, Best(last, *evaluate(objective, last))).x

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgen import random
+from jaxgen.attacks.apgd import apgd
 from jaxgen.attacks.fgsm import fgsm
 from jaxgen.attacks.objectives import Classified, cross_entropy, margin
 from jaxgen.attacks.pgd import mifgsm, pgd
+from jaxgen.attacks.restarts import restarts
 from jaxgen.attacks.steepest import advance, steepest
 from jaxgen.attacks.threat import ThreatModel, distance, random_start
 from tests.attacks import linear, peers
@@ -208,6 +211,21 @@ def test_mapped_over_radii():
     attack = jax.jit(lambda eps: pgd(KEY, bent, X, ThreatModel(2, eps, 0.0, 1.0), steps=3))
     together = jax.jit(jax.vmap(attack))(radii)
     np.testing.assert_allclose(together, jnp.stack([attack(eps) for eps in radii]), atol=1e-6)
+
+
+def test_every_device_attacks_its_own():
+    """Under shard_map as it comes, which checks what varies over the devices."""
+    threat, rows = ThreatModel(math.inf, 0.1, 0.0, 1.0), PartitionSpec("batch")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+
+    def attacked(keys, x):
+        best = restarts(lambda *args: pgd(*args, steps=2), 2)
+        others = lambda *args: mifgsm(*args, steps=2), lambda *args: apgd(*args, steps=5)
+        return [attack(keys, rising, x, threat) for attack in (best, *others)]
+
+    split = jax.jit(jax.shard_map(attacked, mesh=mesh, in_specs=rows, out_specs=rows))(KEYS, X)
+    for ours, alone in zip(split, jax.jit(attacked)(KEYS, X), strict=True):
+        np.testing.assert_allclose(ours, alone, atol=1e-6)
 
 
 def test_the_dtype_is_the_examples():
