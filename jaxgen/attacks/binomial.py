@@ -50,8 +50,7 @@ def upper_bound(successes: ArrayLike, trials: ArrayLike, *, alpha: ArrayLike) ->
     >>> upper_bound(0, 100_000, alpha=0.001)  # 1 - 0.001^(1 / 100000)
     Array(6.9...e-05, dtype=float32)
     """
-    if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) > 0) & (np.asarray(alpha) < 1)):
-        raise ValueError(f"`alpha` must lie in (0, 1), got {alpha}")
+    check_level(alpha)
     dtype = jnp.result_type(float)
     m, n, level = jnp.broadcast_arrays(*(jnp.asarray(x, dtype) for x in (successes, trials, alpha)))
     known = m < n  # else every q below 1 makes m or fewer successes certain
@@ -67,6 +66,12 @@ def upper_bound(successes: ArrayLike, trials: ArrayLike, *, alpha: ArrayLike) ->
     halvings = jnp.finfo(dtype).nmant + 30
     _, high = jax.lax.fori_loop(0, halvings, halve, (m / n, jnp.ones_like(m)))
     return jnp.where(known, high, 1)
+
+
+def check_level(alpha: ArrayLike) -> None:
+    """Raises ValueError unless ``alpha`` lies in (0, 1); a traced one is not looked at."""
+    if not isinstance(alpha, jax.core.Tracer) and not np.all((np.asarray(alpha) > 0) & (np.asarray(alpha) < 1)):
+        raise ValueError(f"`alpha` must lie in (0, 1), got {alpha}")
 
 
 def _log_cumulative(m: Array, n: Array, q: Array) -> Array:

@@ -95,7 +95,7 @@ def carlini_wagner(
         raise ValueError(f"`threat.norm` must be 2, got {threat.norm:g}")
     for name, bound in (("low", threat.low), ("high", threat.high)):
         checks.finite(f"threat.{name}", bound)
-    for name, count in (("searches", searches), ("steps", steps)):
+    for name, count in (("searches", searches), ("steps", steps), ("unroll", unroll)):
         checks.positive_integer(name, count)
     for name, value in (("step_size", step_size), ("weight", weight), ("confidence", confidence)):
         checks.shape(name, value, ())
@@ -103,6 +103,7 @@ def carlini_wagner(
     checks.positive("weight", weight)
     checks.interval("confidence", confidence, 0, math.inf)
     goal = margin(classifier.logits, classifier.labels, targets=classifier.targets)
+    x = jnp.asarray(x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     clean = x.astype(wide)
     low, high = jnp.asarray(threat.low, wide), jnp.asarray(threat.high, wide)
@@ -140,7 +141,7 @@ def carlini_wagner(
 
     value, won = goal.judge(x)
     found = _Found(x, jnp.where(won & (value >= confidence), jnp.zeros((), wide), jnp.inf))
-    zeros = jnp.zeros(x.shape[:1], wide)
+    zeros = jnp.zeros_like(found.distance)
     (found, _), _ = jax.lax.scan(
         search, (found, _Weight(zeros + weight, zeros, zeros + jnp.inf)), None, length=searches
     )

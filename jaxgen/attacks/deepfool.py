@@ -64,6 +64,7 @@ def deepfool(
     checks.positive_integer("rivals", rivals)
     checks.shape("overshoot", overshoot, ())
     checks.interval("overshoot", overshoot, 0, math.inf)
+    x = jnp.asarray(x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def goes_on(state: tuple[Array, Array, Array]) -> Array:

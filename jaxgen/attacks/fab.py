@@ -84,9 +84,11 @@ def fab(
     check(threat, x)
     checks.positive_integer("steps", steps)
     checks.positive_integer("rivals", rivals)
+    checks.positive_integer("unroll", unroll)
     for name, value, low, high in (("alpha_max", alpha_max, 0, 1), ("eta", eta, 1, math.inf), ("beta", beta, 0, 1)):
         checks.shape(name, value, ())
         checks.interval(name, value, low, high)
+    x = jnp.asarray(x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     clean = x.astype(wide)
 

@@ -49,6 +49,7 @@ def restarts(attack: Attack, count: int) -> Attack:
     checks.positive_integer("count", count)
 
     def best_of_all(key: Key, objective: Objective, x: Array, threat: ThreatModel) -> Array:
+        x = jnp.asarray(x)
         keys = random.keys_for(key, x.shape[0])
 
         def run(best: Best, number: Array) -> tuple[Best, None]:

@@ -87,6 +87,10 @@ def smooth(
     >>> smooth(jax.random.key(0), sign, jnp.array([[0.5, 3.0]]), sigma=1.0, draws=10_000, chunk=1000).radius
     Array([0.4...], dtype=float32)
     """
+    # Before the draws, which may take hours.
+    checks.positive_integer("selection", selection)
+    checks.positive("sigma", sigma)
+    binomial.check_level(alpha)
     selected = smooth_votes(key, apply, x, sigma=sigma, draws=selection, chunk=chunk)
     votes = smooth_votes(key, apply, x, sigma=sigma, draws=draws, start=selection, chunk=chunk)
     certified, radius = smooth_certify(selected, votes, sigma=sigma, alpha=alpha)

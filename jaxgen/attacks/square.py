@@ -96,6 +96,7 @@ def square(
     checks.shape("share", share, ())
     checks.positive("share", share)
     checks.interval("share", share, 0, 1)
+    x = jnp.asarray(x)
     keys = random.keys_for(key, x.shape[0])
     wide = jnp.promote_types(x.dtype, jnp.float32)
     clean, eps = x.astype(wide), jnp.broadcast_to(jnp.asarray(threat.eps, wide), x.shape[:1])

@@ -47,6 +47,7 @@ class ThreatModel:
     Raises:
         ValueError: ``norm`` is another one, a known ``eps`` is negative or not a number, or known bounds are not
             ``low < high``.
+        TypeError: ``eps`` or a bound is a list, a tuple or a string.
 
     >>> ThreatModel(math.inf, eps=8 / 255, low=0.0, high=1.0).norm
     inf
@@ -61,6 +62,10 @@ class ThreatModel:
         """Refuses what is known to be wrong."""
         check_norm(self.norm)
         object.__setattr__(self, "norm", float(self.norm))
+        for name, value in (("eps", self.eps), ("low", self.low), ("high", self.high)):
+            # Not what JAX takes for a number: as a list is a pytree of its own, its values would go unchecked.
+            if isinstance(value, list | tuple | str):
+                raise TypeError(f"`{name}` must be a number or an array, got {type(value).__name__}")
         if _known(self.eps):
             checks.interval("eps", self.eps, 0.0, math.inf)
         if _known(self.low) and _known(self.high):
@@ -155,6 +160,7 @@ def project(threat: ThreatModel, x: Array, center: Array) -> Array:
     Array([[1.  , 0.625, 0.125]], dtype=float32)
     """
     checks.same_shape("center", center, "x", x)
+    x, center = jnp.asarray(x), jnp.asarray(center)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     y, c = x.astype(wide), center.astype(wide)
     eps, low, high = beside(threat.eps, y), jnp.asarray(threat.low, wide), jnp.asarray(threat.high, wide)
@@ -243,6 +249,7 @@ def random_start(key: Key, threat: ThreatModel, x: Array) -> Array:
         g = jax.random.normal(inner, shape, dtype)
         return g / jnp.sqrt(jnp.sum(jnp.square(g)) + 2 * z)
 
+    x = jnp.asarray(x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     shift = beside(threat.eps, x) * random.draw(unit, random.keys_for(key, x.shape[0]), x.shape[1:], wide)
     return project(threat, (x + shift).astype(x.dtype), x)

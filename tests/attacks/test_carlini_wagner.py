@@ -99,6 +99,7 @@ def test_refusals():
     threat = ThreatModel(2, eps=1.0, low=0.0, high=1.0)
     cases = [
         ({"searches": 0}, "`searches` must be an integer of at least 1, got 0"),
+        ({"unroll": 0}, "`unroll` must be an integer of at least 1, got 0"),
         ({"step_size": 0.0}, "`step_size` must be above 0 and finite, got 0"),
         ({"weight": -1.0}, "`weight` must be above 0 and finite, got -1"),
         ({"confidence": -1.0}, r"`confidence` must lie in \[0, inf\], got -1"),

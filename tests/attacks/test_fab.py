@@ -91,6 +91,7 @@ def test_refusals():
     threat = ThreatModel(2, eps=1.0, low=0.0, high=1.0)
     cases = [
         ({"rivals": 0}, "`rivals` must be an integer of at least 1, got 0"),
+        ({"unroll": 0}, "`unroll` must be an integer of at least 1, got 0"),
         ({"alpha_max": 1.5}, r"`alpha_max` must lie in \[0, 1\], got 1.5"),
         ({"eta": 0.9}, r"`eta` must lie in \[1, inf\], got 0.9"),
         ({"beta": -1.0}, r"`beta` must lie in \[0, 1\], got -1"),

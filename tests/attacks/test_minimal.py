@@ -121,6 +121,13 @@ def test_what_comes_back_is_won_in_the_dtype_of_the_examples(attack):
 
 
 @each
+def test_double_precision_of_numpy_is_taken_without_a_word(attack):
+    threat = ThreatModel(2, eps=math.inf, low=0.0, high=1.0)
+    x = np.asarray(X, np.float64)
+    assert attack(KEY, MODEL.objective(), x, threat, **QUICK[attack] | {"steps": 1}).dtype == jnp.float32
+
+
+@each
 def test_a_classifier_without_gradients_gives_nothing_and_no_nan(attack):
     threat = ThreatModel(2, eps=math.inf, low=0.0, high=1.0)
     objective = margin(lambda x: jnp.tile(jnp.array([1.0, 0.0, 0.0]), (x.shape[0], 1)), jnp.zeros(6, int))

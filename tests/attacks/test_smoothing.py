@@ -179,6 +179,8 @@ VOTES = jnp.ones((2, 3), int)
     [
         (lambda: smooth(KEY, linear, X, sigma=0.0), ValueError, "`sigma` must be above 0"),
         (lambda: smooth(KEY, linear, X, sigma=1.0, draws=0), ValueError, "`draws` must be an integer of at least 1"),
+        (lambda: smooth(KEY, linear, X, sigma=1.0, selection=0), ValueError, "`selection` must be an integer of at least 1"),
+        (lambda: smooth(KEY, None, X, sigma=1.0, alpha=0.0), ValueError, r"`alpha` must lie in \(0, 1\), got 0"),  # at once
         (lambda: smooth(KEY, linear, X, sigma=1.0, chunk=0), ValueError, "`chunk` must be an integer of at least 1"),
         (lambda: smooth(KEY, linear, X, sigma=1.0, draws=9, alpha=2.0), ValueError, r"`alpha` must lie in \(0, 1\), got 2"),
         (lambda: smooth_certify(VOTES, VOTES, sigma=1.0, alpha=0.0), ValueError, r"`alpha` must lie in \(0, 1\), got 0"),

@@ -167,6 +167,15 @@ def test_a_threat_is_a_pytree_whose_norm_is_static():
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_double_precision_of_numpy_is_taken_without_a_word(norm):
+    x = np.full((2, 3), 0.5)
+    threat = ThreatModel(norm, 0.1, 0.0, 1.0)
+    start = random_start(KEY, threat, x)
+    np.testing.assert_array_equal(start, random_start(KEY, threat, jnp.asarray(x)))
+    np.testing.assert_array_equal(project(threat, x + 0.2, x), project(threat, jnp.asarray(x + 0.2), jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_half_precision_stays_half_precision(norm):
     x = jax.random.uniform(KEY, (4, 8), jnp.bfloat16)
     threat = ThreatModel(norm, 0.25, 0.0, 1.0)
@@ -188,6 +197,9 @@ X = jnp.full((2, 3, 4), 0.5)
         (lambda: ThreatModel(True, 0.1, 0.0, 1.0), ValueError, "`norm` must be 1, 2 or math.inf, got True"),
         (lambda: ThreatModel(2, -0.1, 0.0, 1.0), ValueError, r"`eps` must lie in \[0, inf\], got -0.1"),
         (lambda: ThreatModel(2, math.nan, 0.0, 1.0), ValueError, "`eps` must lie in"),
+        (lambda: ThreatModel(2, [-0.1, 0.1], 0.0, 1.0), TypeError, "`eps` must be a number or an array, got list"),
+        (lambda: ThreatModel(2, "8/255", 0.0, 1.0), TypeError, "`eps` must be a number or an array, got str"),
+        (lambda: ThreatModel(2, 0.1, (1.0, 1.0), 0.0), TypeError, "`low` must be a number or an array, got tuple"),
         (lambda: ThreatModel(2, 0.1, 1.0, 0.0), ValueError, "`low` must lie below `high`, got low=1.0 and high=0.0"),
         (lambda: ThreatModel(2, 0.1, np.zeros(3), np.array([1, 1, 0])), ValueError, "`low` must lie below `high`"),
         (lambda: check(0.1, X), TypeError, "`threat` must be a ThreatModel, got float"),
