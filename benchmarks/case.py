@@ -62,12 +62,16 @@ class Case:
     alike: float = 1.0
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def every_core() -> None:
     """Makes every core that this process may use a device of JAX's on a CPU. Call it before the first array."""
     import jax
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", cores)
+    jax.config.update("jax_num_cpu_devices", cores())
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, outputs: Callable[[Any], np.ndarray] = np.asarray) -> Work:
