@@ -1,9 +1,9 @@
 """Weights of others: the U-Nets of diffusers, read and written back, and the Inception network of published scores.
 
-A directory of a diffusers ``UNet2DModel`` holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, whole or as shards that an
-index names. A safetensors file is a table of contents and then numbers, so reading one runs no code. A pickle
-(``.bin``) can, and is never opened. The one file of Inception weights that everybody uses is a pickle, and is opened by
-its SHA-256 and as numbers alone: see `load_inception`.
+A directory of a diffusers ``UNet2DModel`` holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, whole or
+as shards that an index names. A safetensors file is a table of contents and then numbers, so reading one runs no code.
+A pickle (``.bin``) can, and is never opened. The one file of Inception weights that everybody uses is a pickle, and is
+opened by its SHA-256 and as numbers alone: see `load_inception`.
 
 Time: diffusers counts its noise levels from 0, while t = 0 is the data here and `diffusion.linear_beta` has its levels
 at t = 1, 2, ...: their timestep is t - 1. A network that came from there therefore wants
