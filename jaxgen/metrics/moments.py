@@ -174,12 +174,5 @@ def _centred(features: Array, mask: Array | None, dtype: Any) -> Moments:
     mask = counted(mask, features.shape[0])
     count = jnp.sum(mask, dtype=jnp.int32)
     rows = jnp.maximum(count, 1).astype(dtype)
-
-    def centred(x: Array) -> tuple[Array, Array]:
-        mean = jnp.sum(jnp.where(mask[:, None], x, 0), axis=0) / rows
-        return mean, jnp.where(mask[:, None], x - mean, 0)
-
-    # A sum of many rows far from 0 is off by more than their mean needs to be: what is left over is summed again.
-    mean, around = centred(features)
-    left, around = centred(around)
-    return Moments(count, mean + left, jnp.zeros_like(mean), around)
+    mean = jnp.sum(jnp.where(mask[:, None], features, 0), axis=0) / rows
+    return Moments(count, mean, jnp.zeros_like(mean), jnp.where(mask[:, None], features - mean, 0))

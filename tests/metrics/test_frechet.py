@@ -49,11 +49,11 @@ def test_agrees_with_the_definition_in_float64(rows, features, condition, offset
     np.testing.assert_allclose(got, oracle(a, b), rtol=2e-5)
 
 
-def natural(seed, rows, features, *, spread=1.0, shift=0.0):
-    """Rows whose variances fall by the square of their number, as networks' features do; some below 0 and cut off."""
+def natural(seed, rows, features, *, spread=1.0, shift=0.0, power=1.0):
+    """Rows whose variances fall by a power of their number, as networks' features do; some below 0 and cut off."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(np.random.default_rng(9).normal(size=(features, features)))[0]
-    x = rng.normal(size=(rows, features)) * np.arange(1, features + 1.0) ** -1 @ rotation * features**0.5
+    x = rng.normal(size=(rows, features)) * np.arange(1, features + 1.0) ** -power @ rotation * features**0.5
     return np.maximum(0.3 + shift + 0.3 * spread * x, 0).astype(np.float32)
 
 
@@ -69,7 +69,7 @@ def in_float64(a, b):
 @pytest.mark.parametrize("rows", [700, 80])
 def test_small_distances_keep_their_digits(rows):
     """Sets that are alike: nearly all of Eq. 1 cancels, and what is left comes of many small directions."""
-    a, b = natural(0, rows, 200), natural(1, 700, 200)
+    a, b = (natural(seed, size, 200, power=1.5, shift=1.0) for seed, size in ((0, rows), (1, 700)))
     expected = in_float64(a, b)
     assert expected < 0.12 * np.var(a, axis=0).sum()
     np.testing.assert_allclose(distance(a, b), expected, rtol=1e-5)

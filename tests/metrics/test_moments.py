@@ -56,6 +56,11 @@ def test_pieces_make_the_whole(sizes, offset):
     assert_moments(gathered(x, sizes), x)
 
 
+def test_many_rows_far_from_the_origin():
+    x = rows(40_000, offset=3000)
+    np.testing.assert_allclose(update(moments.init(FEATURES), x).mean, x.mean(0, dtype=np.float64), rtol=1e-7)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
 def test_fewer_rows_than_features(count):
     x = rows(count, offset=3)
