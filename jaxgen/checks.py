@@ -37,7 +37,7 @@ def floating(name: str, x: Any) -> None:
     """Raises TypeError unless ``x`` is of a floating dtype: integer images are the most frequent silent mistake."""
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be floating-point (images in [-1, 1]), got dtype {dtype}")
+        raise TypeError(f"`{name}` must be floating-point (images, for one, in [-1, 1]), got dtype {dtype}")
 
 
 def key(name: str, x: Any) -> None:

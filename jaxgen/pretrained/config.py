@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxgen import nets
 from jaxgen.pretrained.files import CONFIG
+from jaxgen.pretrained.matching import listed
 
 CLASS = "UNet2DModel"
-_SHOWN = 5  # names that an error lists before it counts the others
 _UNSAVED = ("parent", "name", "upsample", "zero_init", "axis_name", "dtype")  # how, not what, a network computes
 
 
@@ -207,10 +207,3 @@ def _attending(widths: Iterable[int], levels: tuple[int, ...], middle: bool) -> 
     """The widths at which attention happens."""
     widths = list(widths)
     return [widths[level] for level in levels] + widths[-1:] * middle
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for an error."""
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -25,7 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxgen import nets
-from jaxgen.pretrained.tensors import Tensor, match
+from jaxgen.pretrained.matching import match
+from jaxgen.pretrained.tensors import Tensor
 from jaxgen.typing import Params
 
 _SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

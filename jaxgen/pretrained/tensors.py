@@ -8,13 +8,9 @@ and the four 1 x 1 convolutions of attention are linear layers there.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from jaxgen.pretrained.config import listed
 
 
 @dataclass(frozen=True)
@@ -81,14 +77,3 @@ def tensor(name: str, shape: tuple[int, ...], levels: int) -> Tensor:
     if leaf == "kernel":
         axes = (3, 2, 0, 1) if len(kept) == 4 else (1, 0)
     return Tensor(".".join(names), tuple(kept[axis] for axis in axes), shape, axes)
-
-
-def match(what: str, expected: Mapping[str, tuple[int, ...]], came: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the arrays have the expected names and shapes."""
-    if missing := expected.keys() - came.keys():
-        raise ValueError(f"{what} must be those of the network, but these are missing: {listed(missing)}")
-    if unexpected := came.keys() - expected.keys():
-        raise ValueError(f"{what} must be those of the network, but it has no {listed(unexpected)}")
-    for name, shape in expected.items():
-        if np.shape(came[name]) != shape:
-            raise ValueError(f"{what} must have {name} of shape {list(shape)}, got {list(np.shape(came[name]))}")

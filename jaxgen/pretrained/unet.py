@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from jaxgen import checks, nets
 from jaxgen.pretrained.config import CLASS, OPTIONS, to_config, to_network
 from jaxgen.pretrained.files import CONFIG, WEIGHTS, read_json, read_tensors
-from jaxgen.pretrained.tensors import Tensor, match, tensor
+from jaxgen.pretrained.matching import match
+from jaxgen.pretrained.tensors import Tensor, tensor
 from jaxgen.typing import Params
 
 
