@@ -21,6 +21,8 @@ from benchmarks import compare, record, report, rounds
 from benchmarks.case import Case
 
 SUITES = {  # name: module, purpose
+    "sampling": ("sampling", "images a second and latency, by network, solver, steps, batch and precision"),
+    "training": ("training", "steps of diffusion, GAN, contrastive and adversarial training"),
     "attacks": ("attacks", "adversarial examples: images a second, many radii in one program"),
 }
 

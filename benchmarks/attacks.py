@@ -59,10 +59,8 @@ def jax_network(task: str) -> Callable[[Any], Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxgen import nets
-
-    held = {name: jnp.asarray(value) for name, value in weights(task).items()}
     if task == "curve":
+        held = {name: jnp.asarray(value) for name, value in weights(task).items()}
 
         def perceptron(x: Any) -> Any:
             h = x.reshape(len(x), -1)
@@ -72,6 +70,16 @@ def jax_network(task: str) -> Callable[[Any], Any]:
 
         return perceptron
 
+    network, variables = resnet()
+    return functools.partial(network.apply, variables)
+
+
+def resnet() -> tuple[Any, dict[str, Any]]:
+    """The residual network in JAX, a Flax module, and its variables as in inference."""
+    import jax.numpy as jnp
+
+    from jaxgen import nets
+
     network = nets.ResNet(blocks=DEPTHS, stem=nets.cifar_stem, width=WIDTHS[0], num_classes=10)
     variables: dict[str, Any] = {"params": {"logits": {"bias": jnp.zeros(10)}}, "batch_stats": {}}
 
@@ -79,7 +87,8 @@ def jax_network(task: str) -> Callable[[Any], Any]:
         node = functools.reduce(lambda tree, part: tree.setdefault(part, {}), name.split("/"), variables[collection])
         node[leaf] = value
 
-    for name, value in held.items():
+    for name, kernel in weights("resnet").items():
+        value = jnp.asarray(kernel)
         put("params", name, "kernel", value)
         if name != "logits":
             norm, channels = norm_of(name), value.shape[-1]
@@ -87,7 +96,7 @@ def jax_network(task: str) -> Callable[[Any], Any]:
             put("params", norm, "bias", jnp.zeros(channels))
             put("batch_stats", norm, "mean", jnp.zeros(channels))
             put("batch_stats", norm, "var", jnp.ones(channels))
-    return functools.partial(network.apply, variables)
+    return network, variables
 
 
 def norm_of(name: str) -> str:
@@ -108,7 +117,8 @@ def torch_network(task: str) -> Any:
                 kernel = torch.tensor(np.ascontiguousarray(value.transpose(axes)))
                 if value.ndim == 4:
                     kernel = kernel.contiguous(memory_format=torch.channels_last)
-                self.register_buffer(name.replace("/", "__"), kernel)
+                self.register_parameter(name.replace("/", "__"), torch.nn.Parameter(kernel))
+            self.bias = torch.nn.Parameter(torch.zeros(10))
             self.norms = torch.nn.ModuleDict(
                 {name.replace("/", "__"): torch.nn.BatchNorm2d(w.shape[-1]) for name, w in weights(task).items()}
             )
@@ -132,7 +142,7 @@ def torch_network(task: str) -> Any:
                     )
                     h = self.convolved(f"{name}__shortcut", h, stride) if stride == 2 else h
                     h = functional.relu(h + inner)
-            return functional.linear(h.mean((2, 3)), getattr(self, "logits"))  # noqa: B009 - a buffer
+            return functional.linear(h.mean((2, 3)), getattr(self, "logits"), self.bias)  # noqa: B009 - a parameter
 
     return Network().eval().requires_grad_(False)
 
