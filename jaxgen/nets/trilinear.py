@@ -24,14 +24,15 @@ primitive. A ``custom_vjp`` would lose forward mode (MeanFlow needs ``jvp`` insi
 ``jax.custom_derivatives.linear_call`` has no batching rule.
 
 How each is compiled is decided in one place, ``_primitive`` below. On CPU, (3) and (4) are written as plain
-NHWC/HWIO convolutions of operands that are transposed in memory; XLA:CPU folds no transpose back into a
-convolution, so they stay plain in a loop's body. Everywhere else they have the very dimension numbers that
+NHWC/HWIO convolutions of operands that are rearranged in memory; XLA:CPU folds no transpose back into a
+convolution, so they stay plain in a loop's body, and (4) takes the shapes that its kernels are fastest at.
+Everywhere else they have the very dimension numbers that
 JAX itself emits, whose patterns cuDNN and the TPU compiler recognise.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxgen.typing import Array
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_PIXELS = 1024  # of y at a time, on CPU: what is rearranged then stays in a core's cache
 
 
 class Form(NamedTuple):
@@ -60,6 +62,13 @@ class Form(NamedTuple):
         sizes = zip(self.x_size, self.kernel_size, self.strides, self.padding, self.dilation, strict=True)
         height, width = ((n + lo + hi - d * (k - 1) - 1) // s + 1 for n, k, s, (lo, hi), d in sizes)
         return height, width
+
+
+def _reach(form: Form, axis: int) -> tuple[int, int]:
+    """How many zeros come before x where y is its kernel, and x's size with those after it."""
+    spread = (form.y_size[axis] - 1) * form.strides[axis] + 1
+    low = form.padding[axis][0]
+    return low, form.dilation[axis] * (form.kernel_size[axis] - 1) + spread - low
 
 
 # --- The three partial derivatives, as ordinary JAX
@@ -108,39 +117,81 @@ def _to_input(y: Array, kernel: Array, *, form: Form, plain: bool) -> Array:
     )
 
 
-def _to_kernel(x: Array, y: Array, *, form: Form, plain: bool) -> Array:
+def _to_kernel(x: Array, y: Array, *, form: Form) -> Array:
     """Eq. 4: [N, H, W, C], [N, H', W', O] -> [h, w, C / groups, O].
 
     A convolution that has x's channels for images, the batch for channels and y, spread out by the strides,
-    for a kernel. JAX says so in the dimension numbers; the ``plain`` form permutes the operands in memory.
+    for a kernel: so JAX says it in the dimension numbers.
     """
     padding = []
     for axis in (0, 1):
-        spread = (form.y_size[axis] - 1) * form.strides[axis] + 1
-        reach = form.dilation[axis] * (form.kernel_size[axis] - 1)
-        low = form.padding[axis][0]
-        padding.append((low, reach + spread - form.x_size[axis] - low))
-    convolution = partial(
-        lax.conv_general_dilated, window_strides=form.dilation, padding=padding, rhs_dilation=form.strides
+        low, high = _reach(form, axis)
+        padding.append((low, high - form.x_size[axis]))
+    return lax.conv_general_dilated(
+        x,
+        y,
+        form.dilation,
+        padding,
+        rhs_dilation=form.strides,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        batch_group_count=form.groups,
     )
-    if not plain:
-        return convolution(x, y, dimension_numbers=("CHWN", "IHWO", "HWNC"), batch_group_count=form.groups)
-    # [N, H, W, g C'] -> [C', H, W, g N]: each group sums over its own copy of the batch.
-    images, features = x.shape[3] // form.groups, form.groups * x.shape[0]
-    columns = x.reshape(*x.shape[:3], form.groups, images).transpose(4, 1, 2, 3, 0)
-    kernel = convolution(
-        columns.reshape(images, *form.x_size, features),
-        y.transpose(1, 2, 0, 3),
-        dimension_numbers=_LAYOUT,
-        feature_group_count=form.groups,
-    )
-    return kernel.transpose(1, 2, 0, 3)
+
+
+def _to_kernel_plain(x: Array, y: Array, *, form: Form) -> Array:
+    """Eq. 4 as plain convolutions, one for each column of the kernel's taps.
+
+    Each has x's rows for rows, its channels for columns and, for channels, all that is summed over within a row:
+    the images and y's columns.
+    """
+    batch, (height, width), channels = y.shape[0], form.y_size, x.shape[3] // form.groups
+    low, high = _reach(form, 0)
+    kernel = y.transpose(1, 0, 2, 3).reshape(height, 1, batch * width, y.shape[3])
+    taps = []
+    for tap in range(form.kernel_size[1]):
+        start = tap * form.dilation[1] - form.padding[1][0]
+        stop = start + (width - 1) * form.strides[1] + 1
+        seen = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), (-start, stop - x.shape[2], 0), (0, 0, 0)))
+        rows = seen[:, :, :: form.strides[1]].reshape(batch, x.shape[1], width, form.groups, channels)
+        convolved = lax.conv_general_dilated(
+            rows.transpose(1, 4, 3, 0, 2).reshape(1, x.shape[1], channels, form.groups * batch * width),
+            kernel,
+            (form.dilation[0], 1),
+            ((low, high - x.shape[1]), (0, 0)),
+            rhs_dilation=(form.strides[0], 1),
+            dimension_numbers=_LAYOUT,
+            feature_group_count=form.groups,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        taps.append(convolved[0])
+    return jnp.stack(taps, axis=1).astype(x.dtype)
+
+
+def _to_kernel_in_parts(x: Array, y: Array, *, form: Form) -> Array:
+    """Eq. 4 as above, a few images at a time, which takes half the time of all at once where images are large.
+
+    Not for images that the compiler splits between devices: each device would walk through all of them.
+    """
+    batch, pixels = y.shape[0], y.shape[1] * y.shape[2]
+    images = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * pixels <= _PIXELS))
+    if images == batch:
+        return _to_kernel_plain(x, y, form=form)
+
+    def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + _to_kernel_plain(part[0], part[1], form=form), None
+
+    parts = tuple(a.reshape(batch // images, images, *a.shape[1:]) for a in (x, y))
+    shape = (*form.kernel_size, x.shape[3] // form.groups, y.shape[3])
+    zeros = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
+    return lax.scan(add, _vary(zeros, jax.typeof(y).manual_axis_type.varying), parts)[0].astype(x.dtype)
 
 
 # --- The same three as primitives: evaluation, compilation, differentiation, batching
 
 
-def _primitive(name: str, native: Callable[..., Array], plain: Callable[..., Array]) -> Primitive:
+def _primitive(
+    name: str, native: Callable[..., Array], plain: Callable[..., Array], alone: Callable[..., Array] | None = None
+) -> Primitive:
     primitive = Primitive(name)
     compiled = jax.jit(primitive.bind, static_argnames=("form",))
 
@@ -149,18 +200,34 @@ def _primitive(name: str, native: Callable[..., Array], plain: Callable[..., Arr
         with jax.disable_jit(False):
             return compiled(a, b, form=form)
 
+    def lower_on_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, form: Form) -> Any:
+        chosen = plain if alone is None or _is_split(ctx) else alone
+        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *operands, form=form)
+
     primitive.def_impl(evaluate)
     # Shapes, dtypes, shardings and varying axes are those of the convolution that will run.
     primitive.def_abstract_eval(lambda a, b, *, form: jax.make_jaxpr(partial(native, form=form))(a, b).out_avals[0])
     # The one place that chooses by platform: plain convolutions on CPU, JAX's own patterns everywhere else.
     mlir.register_lowering(primitive, mlir.lower_fun(native, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False), platform="cpu")
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
     return primitive
+
+
+def _is_split(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether the compiler may split the arrays between devices: not on one, nor where shard_map has done so."""
+    context: Any = ctx.module_context.axis_context
+    if hasattr(context, "mesh"):
+        return not context.manual_axes.issuperset(context.mesh.axis_names)
+    return context.num_devices > 1
 
 
 forward_p = _primitive("convolve", _forward, _forward)
 to_input_p = _primitive("convolve_to_input", partial(_to_input, plain=False), partial(_to_input, plain=True))
-to_kernel_p = _primitive("convolve_to_kernel", partial(_to_kernel, plain=False), partial(_to_kernel, plain=True))
+to_kernel_p = _primitive("convolve_to_kernel", _to_kernel, _to_kernel_plain, _to_kernel_in_parts)
+
+
+def _vary(a: Array, axes: frozenset[str]) -> Array:
+    return lax.pcast(a, tuple(sorted(axes)), to="varying") if axes else a
 
 
 def bind(primitive: Primitive, a: Array, b: Array, form: Form) -> Array:
@@ -171,10 +238,7 @@ def bind(primitive: Primitive, a: Array, b: Array, form: Form) -> Array:
     """
     varying = [jax.typeof(operand).manual_axis_type.varying for operand in (a, b)]
     for_both = varying[0] | varying[1]
-    a, b = (
-        lax.pcast(operand, tuple(sorted(for_both - own)), to="varying") if for_both - own else operand
-        for operand, own in zip((a, b), varying, strict=True)
-    )
+    a, b = (_vary(operand, for_both - own) for operand, own in zip((a, b), varying, strict=True))
     return primitive.bind(a, b, form=form)
 
 

@@ -30,6 +30,7 @@ CASES = {
     "depthwise": (1, "SAME", 1, 4, (5, 5), (3, 3)),
     "1 x 1": (2, "VALID", 1, 1, (5, 6), (1, 1)),
     "padding beyond the kernel": (1, ((3, 2), (0, 4)), 1, 1, (4, 4), (2, 4)),
+    "image by image": ((1, 2), "SAME", 1, 2, (24, 58), (3, 2)),
 }
 
 
@@ -229,7 +230,7 @@ def test_accelerators_get_the_patterns_that_jax_emits(platform):
 def test_gradients_of_shared_parameters_under_shard_map(check_vma):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
-    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 2))
+    x = jax.random.normal(jax.random.key(0), (8, 48, 48, 2))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
 
     def mapped(x, kernel):
@@ -246,11 +247,14 @@ def test_gradients_of_shared_parameters_under_shard_map(check_vma):
 
 def test_batch_sharded_under_jit():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 2))
+    x = jax.random.normal(jax.random.key(0), (8, 24, 24, 2))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 3))
     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
     run = jax.jit(gradients(convolve))
     assert_close(run(placed, kernel), run(x, kernel))
+    assert set(re.findall(r"(all-\w+|collective-\w+)\(", run.lower(placed, kernel).compile().as_text())) == {
+        "all-reduce"
+    }
 
 
 def test_bfloat16_is_accumulated_in_float32():
