@@ -12,6 +12,7 @@ A recipe is a module, as `experiments.image_diffusion` is, with
 """
 
 import functools
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,10 +79,15 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
         )
         labels = np.arange(config.judged) % classes
         real = judge.seen(features or (lambda x: trained(x)[1]), training.arrays, held_out, judged=config.judged)
+        source = f"judge-{config.judge_steps}-steps-seed-{config.seed}"
+        if config.features is not None:
+            source = "encoder-" + re.sub(r"[|:\s]", "-", Path(config.features).name)
         for variant, how in {"": own, **samples.judged()}.items():
             records.say(f"samples{variant and f' of {variant}'}:")
             drawn = samples(state.average, labels, how, seed=config.seed)
-            records.say(judge.report(trained, drawn, labels, real, workdir / variant, features=features))
+            records.say(
+                judge.report(trained, drawn, labels, real, workdir / variant, features=features, extractor=source)
+            )
     records.say(
         f"{workdir} holds samples.png, film.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
         f"  python -m experiments.{name} sample --workdir {workdir} --classes 3 7 --count 40"

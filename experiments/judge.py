@@ -126,7 +126,14 @@ def seen(
 
 
 def report(
-    judge: Judge, drawn: np.ndarray, labels: np.ndarray, real: Real, workdir: Path, *, features: Features | None = None
+    judge: Judge,
+    drawn: np.ndarray,
+    labels: np.ndarray,
+    real: Real,
+    workdir: Path,
+    *,
+    features: Features | None = None,
+    extractor: str = "judge",
 ) -> str:
     """Measures class-conditional samples [n, ...] in [-1, 1] against real images.
 
@@ -140,12 +147,14 @@ def report(
         real: by `seen`, of the same features.
         workdir: where to write.
         features: what to compare; the judge's by default.
+        extractor: what to call them in the scores' signatures.
 
     Returns:
         What a person should read: the share of samples that the judge takes for the class asked for, and of how many
         classes it so takes at least half; the Fréchet distance of the samples' features from the training images', and
         precision and recall of the two; the median distance in pixels to the nearest training image: samples that were
-        copies would be nearer than real images are. The last three beside those of held-out images.
+        copies would be nearer than real images are. The last three beside those of held-out images. Below are the
+        signatures of the Fréchet distance and of precision and recall: other scores compare where theirs are the same.
     """
     predicted, own = judge(drawn)
     distances, nearest = _neighbours(drawn, real.images)
@@ -158,7 +167,24 @@ def report(
     held_out = {f"{name}_floor": value for name, value in real.floor.items()}
     told = {"judge_accuracy": judge.accuracy, "recognised": float(right.mean()), "classes_covered": covered}
     workdir.mkdir(exist_ok=True)
-    (workdir / "quality.json").write_text(json.dumps({**told, **scores, **held_out}, indent=2) + "\n")
+    signed = {
+        name: metrics.signature(
+            score,
+            features=extractor,
+            resize="none",
+            samples=samples,
+            references=len(real.images),
+            split="train",
+            **more,
+        )
+        for name, score, samples, more in (
+            ("frechet", "frechet", len(drawn), {}),
+            ("frechet_floor", "frechet", real.held_out, {}),
+            ("precision and recall", "precision-recall", real.few, {"neighbours": 3}),
+        )
+    }
+    written = {**told, **scores, **held_out, "signatures": signed}
+    (workdir / "quality.json").write_text(json.dumps(written, indent=2) + "\n")
     rows, columns = 3, judge.network.classes
     pairs = [
         images[row * columns : (row + 1) * columns] for row in range(rows) for images in (drawn, real.images[nearest])
@@ -174,7 +200,8 @@ def report(
         f"precision and recall on them: samples {scores['precision']:.2f} and {scores['recall']:.2f}, "
         f"held-out images {floor['precision']:.2f} and {floor['recall']:.2f}\n"
         f"median distance to the nearest training image: samples {scores['nearest_training_image']:.2f}, "
-        f"held-out images {floor['nearest_training_image']:.2f} (copies would be near 0); see neighbours.png"
+        f"held-out images {floor['nearest_training_image']:.2f} (copies would be near 0); see neighbours.png\n"
+        f"{signed['frechet']}\n{signed['precision and recall']}"
     )
 
 

@@ -70,6 +70,8 @@ def publics():
         "diffusion",
         "gan",
         "metrics",
+        "metrics.moments",
+        "metrics.predictions",
         "nets",
         "data",
         "random",

@@ -97,6 +97,9 @@ def test_a_run_leaves_what_it_says(trained):
         with Image.open(trained / picture) as image:
             assert min(image.size) >= 100
     quality = json.loads((trained / "quality.json").read_text())
+    signed = quality.pop("signatures")
+    assert signed["frechet"].startswith("frechet|features:judge-20-steps-seed-0|resize:none|n:20+1438|reference:train|")
+    assert "|n:359+1438|" in signed["frechet_floor"]
     assert all(np.isfinite(value) for value in quality.values())
     assert 0 <= quality["recognised"] <= 1
     assert not list(trained.rglob("*.tmp"))

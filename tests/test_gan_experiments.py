@@ -57,6 +57,7 @@ def test_a_run_leaves_what_it_says(trained):
     with Image.open(trained / "film.png") as film, Image.open(trained / "film" / frames[0]) as frame:
         assert film.size == (frame.width, 4 * frame.height + 3 * 8)
     quality = json.loads((trained / "quality.json").read_text())
+    assert quality.pop("signatures")["frechet"].startswith("frechet|features:encoder-")
     assert all(np.isfinite(value) for value in quality.values())
     assert {"recognised", "classes_covered", "frechet", "precision", "recall"} <= quality.keys()
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
