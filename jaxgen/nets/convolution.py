@@ -68,7 +68,9 @@ def convolve(
         raise ValueError(f"`x` of shape {list(x.shape)} is smaller than `kernel` of shape {list(kernel.shape)}")
     if kernel_size == (1, 1) and pads == ((0, 0), (0, 0)) and groups == 1:
         x = x[:, :: strides[0], :: strides[1]]
-        return jnp.matmul(x, kernel[0, 0], preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
+        pixels = x.reshape(-1, x.shape[3])  # one axis to sum over for the kernel's gradient; of three, XLA makes copies
+        y = jnp.matmul(pixels, kernel[0, 0], preferred_element_type=_accumulator(x.dtype)).astype(x.dtype)
+        return y.reshape(*x.shape[:3], kernel.shape[3])
     return bind(forward_p, x, kernel, form)
 
 
