@@ -24,6 +24,11 @@ SUITES = {  # name: module, purpose
     "sampling": ("sampling", "images a second and latency, by network, solver, steps, batch and precision"),
     "training": ("training", "steps of diffusion, GAN, contrastive and adversarial training"),
     "attacks": ("attacks", "adversarial examples: images a second, many radii in one program"),
+    "contrastive": ("contrastive", "the contrastive loss and its gradient: pairs a second, memory"),
+    "frechet": ("frechet", "the Fréchet distance: seconds, and how much of the result is wrong"),
+    "data": ("pipeline", "the input pipeline alone: images a second, nothing on a device"),
+    "compile": ("compilation", "from a process's start to its first image: import, trace, lower, compile, run"),
+    "quality": ("quality", "what samples are worth, by solver, evaluations and time"),
 }
 
 

@@ -1,0 +1,218 @@
+"""Starts: ``python -m benchmarks compile``: from the start of a process to its first image (peer: ``[peers]``).
+
+Twenty steps of DDIM of one image by the U-Net of `networks`, its weights in a file. Each start is a process of its own,
+and sides take turns with them; what a start needs is in the operating system's memory, from one before that does not
+count. The sides:
+
+    jaxgen         JAX's persistent cache holds every program of an earlier start
+    jaxgen-cold    there is no such cache
+    diffusers      eager: nothing is compiled
+
+Phases are the medians of "python" (the interpreter, NumPy and this module), "import", "load" (the weights), "trace",
+"lower", "compile", and "first": the image itself.
+"""
+
+import collections
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import rounds, sampling, side
+from benchmarks.case import Case, Work
+from benchmarks.record import Record
+
+Phase = Callable[[str], None]
+"""Called where a phase ends."""
+
+
+def jaxgen(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
+    """An image by one compiled program."""
+    import jax
+
+    from jaxgen import diffusion, pretrained
+
+    ended("import")
+    module, params = pretrained.load_diffusers_unet(folder)
+    path, key = diffusion.linear_beta(), jax.random.key(0)  # nothing is drawn from the key
+    x, table = sampling.start(network, 1), sampling.table("ddim", steps)
+    ended("load")
+
+    def draw(params: Any, table: Any, x: Any) -> Any:
+        def predicted(x: Any, t: Any) -> Any:
+            return module.apply(params, x, t - 1)
+
+        denoise = diffusion.denoiser(path, diffusion.noise, predicted)
+        return diffusion.sample(key, diffusion.clip_data(denoise, -1.0, 1.0), table, x)
+
+    traced = jax.jit(draw).trace(params, table, x)
+    ended("trace")
+    lowered = traced.lower()
+    ended("lower")
+    program = lowered.compile()
+    ended("compile")
+    return np.asarray(program(params, table, x))
+
+
+def diffusers(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
+    """An image by diffusers."""
+    import diffusers
+    import torch
+
+    ended("import")
+    module = diffusers.UNet2DModel.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
+    scheduler: Any = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=True, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    x = torch.tensor(sampling.start(network, 1).transpose(0, 3, 1, 2))
+    ended("load")
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x = scheduler.step(module(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+COMMAND = [sys.executable, "-m", "benchmarks.compilation"]
+SIDES = {"jaxgen": jaxgen, "jaxgen-cold": jaxgen, "diffusers": diffusers}
+
+
+def main(arguments: list[str]) -> None:
+    """One start of a side; it prints a line of JSON."""
+    ends = {"python": time.time()}
+    name, threads, network, steps, folder, file = arguments
+    side.bind(int(threads))
+    framework = "jax" if SIDES[name] is jaxgen else "torch"
+    hits = _cache_hits() if framework == "jax" else lambda: 0
+
+    def ended(phase: str) -> None:
+        ends[phase] = time.time()
+
+    image = SIDES[name](network, int(steps), Path(folder), ended)
+    ended("first")
+    np.save(file, image)
+    print(json.dumps({"ends": ends, "hits": hits(), **side.machine(framework)}))
+
+
+def _cache_hits() -> Callable[[], int]:
+    """How many programs come from JAX's persistent cache from here on."""
+    from jax import monitoring
+
+    count = 0
+
+    def heard(event: str, **_: Any) -> None:
+        nonlocal count
+        count += event == "/jax/compilation_cache/cache_hits"
+
+    monitoring.register_event_listener(heard)
+    return lambda: count
+
+
+def started(name: str, task: tuple[str, int], threads: int, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Starts a side once.
+
+    Returns:
+        What it says, with the "seconds" from its start to its image, and the image.
+
+    Raises:
+        RefusedError: it fails, or it finds a program in a cache that it was to do without.
+    """
+    variables = {**os.environ, **dict.fromkeys(rounds.THREADS, str(threads))}
+    variables.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if name == "jaxgen":
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+        variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    file = folder / "image.npy"
+    words = [name, str(threads), *map(str, task), str(folder / "weights"), str(file)]
+    start = time.time()
+    process = subprocess.run([*COMMAND, *words], env=variables, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise rounds.RefusedError(f"{name} ended with {process.returncode}: see what it printed above")
+    told = json.loads(process.stdout.splitlines()[-1])
+    ends = told.pop("ends")
+    instants = [start, *ends.values()]
+    told["phases"] = {name: end - begin for name, (begin, end) in zip(ends, itertools.pairwise(instants), strict=True)}
+    told["seconds"] = ends["first"] - start
+    if name == "jaxgen-cold" and told["hits"]:
+        raise rounds.RefusedError(f"{name}: {told['hits']} programs came from a cache")
+    return told, np.load(file)
+
+
+def write_weights(network: str, folder: Path) -> None:
+    """Writes a network as diffusers reads it."""
+    subprocess.run([sys.executable, "-m", "benchmarks.networks", network, str(folder)], check=True)
+
+
+def records(options: Namespace) -> Iterator[Record]:
+    """Starts all sides in turn; a record for each."""
+    case = cases(options.quick)[0]
+    if options.case not in case.name:
+        return
+    task = str(case.settings["network"]), int(case.settings["steps"])
+    sides, missing = rounds.sides_of(case, options.against)
+    for name, library in missing.items():
+        print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
+    before = os.getloadavg()[0]
+    told: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_weights(task[0], folder / "weights")
+        for name in sides:
+            started(name, task, options.threads, folder)
+        turns, begin = itertools.cycle(sides), time.perf_counter()
+        for number in range(options.repeats):
+            if number >= rounds.LEAST and time.perf_counter() - begin > options.budget:
+                break
+            images = {}
+            for name in itertools.islice(turns, len(sides)):
+                one, images[name] = started(name, task, options.threads, folder)
+                if name == "jaxgen" and not one["hits"]:
+                    raise rounds.RefusedError(f"{name}: no program came from the cache")
+                told[name].append(one)
+            rounds.check_threads({name: each[-1] for name, each in told.items()}, options.threads)
+            alike = rounds.check_outputs({name: images[name] for name in sides}, case)
+            next(turns)
+    yield from rounds.records_of(
+        "compile",
+        case,
+        {name: [one["seconds"] for one in told[name]] for name in sides},
+        {name: {**told[name][-1], "phases": _medians([one["phases"] for one in told[name]])} for name in sides},
+        {name: {} for name in sides},
+        alike,
+        threads=options.threads,
+        loads=(before, os.getloadavg()[0]),
+    )
+
+
+def _medians(phases: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(one[name] for one in phases) for name in phases[0]}
+
+
+def cases(quick: bool) -> list[Case]:
+    """The one; its sides are not called but started."""
+    network, steps = ("unet-tiny", 4) if quick else ("unet", 20)
+
+    def not_called(batch: int) -> Work:
+        raise NotImplementedError
+
+    return [
+        Case(
+            name=f"first-image-{network}-ddim-{steps}",
+            settings={"network": network, "solver": "ddim", "steps": steps, "batch": 1, "precision": "float32"},
+            sides=dict.fromkeys(SIDES, not_called),
+            batch=1,
+            libraries={"diffusers": ("torch", "diffusers")},
+        )
+    ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
