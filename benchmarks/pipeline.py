@@ -104,14 +104,17 @@ def written(name: str) -> Any:
 
 def digits(examples: int) -> Work:
     """Batches of arrays in memory."""
+    import tensorflow_datasets as tfds
+
     from jaxgen import data
 
+    tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         arrays = data.load("digits", split="train", data_dir=folder)
     return read(data.batches(arrays, batch_size=examples // BATCHES, seed=0))
 
 
-def records(name: str, examples: int, *, ahead: int | None = AHEAD) -> Work:
+def files(name: str, examples: int, *, ahead: int | None = AHEAD) -> Work:
     """Batches of files, made ahead or not."""
     import grain
 
@@ -155,8 +158,8 @@ def cases(quick: bool) -> list[Case]:
     found = [case("digits", 8, 64, {"jaxgen": digits})]
     for name, images in SETS.items():
         sides: dict[str, Callable[[int], Work]] = {
-            "jaxgen": functools.partial(records, name),
-            "jaxgen-alone": functools.partial(records, name, ahead=None),
+            "jaxgen": functools.partial(files, name),
+            "jaxgen-alone": functools.partial(files, name, ahead=None),
         }
         found.append(case(name, images.size or images.height, images.batch, sides))
     return found
