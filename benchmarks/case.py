@@ -1,5 +1,6 @@
 """What is measured: a case is one piece of work, done by several sides."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -62,16 +63,24 @@ class Case:
     alike: float = 1.0
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def every_core() -> None:
     """Makes every core that this process may use a device of JAX's on a CPU. Call it before the first array."""
     import jax
 
-    jax.config.update("jax_num_cpu_devices", cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", cores)
+
+
+def devices(batch: int) -> list[Any]:
+    """What a side of JAX's computes on: one accelerator, or as many of a CPU's cores as divide the batch.
+
+    Call it before the first array.
+    """
+    import jax
+
+    every_core()
+    found = jax.devices()
+    return found[: math.gcd(batch, len(found)) if found[0].platform == "cpu" else 1]
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, outputs: Callable[[Any], np.ndarray] = np.asarray) -> Work:
