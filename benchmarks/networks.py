@@ -108,20 +108,27 @@ def parameters(name: str) -> Any:
     return jax.tree.map_with_path(drawn, _shapes(name))
 
 
-def flops(name: str) -> float:
-    """Operations of one evaluation for one image, as the network is published: images are doubled, then convolved."""
-    import jax
+def as_published(name: str) -> dict[str, Any]:
+    """Options for the operations of the paper: images are doubled, then convolved."""
     import jax.numpy as jnp
 
-    from benchmarks.flops import counted
     from jaxgen.nets.convolution import convolve
 
-    def plain(x: Any, kernel: Any) -> Any:
+    def upsample(x: Any, kernel: Any) -> Any:
         return convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
 
+    return {} if NETWORKS[name].transformer else {"upsample": upsample}
+
+
+def flops(name: str) -> float:
+    """Operations of one evaluation for one image, as the network is published."""
+    import jax
+
+    from benchmarks.flops import counted
+
     x = jax.ShapeDtypeStruct((1, *NETWORKS[name].shape), np.float32)
-    options: dict[str, Any] = {} if NETWORKS[name].transformer else {"upsample": plain}
-    return counted(predicted(name, **options), _shapes(name), x, jax.ShapeDtypeStruct((1,), np.float32))
+    t = jax.ShapeDtypeStruct((1,), np.float32)
+    return counted(predicted(name, **as_published(name)), _shapes(name), x, t)
 
 
 def _shapes(name: str) -> Any:
@@ -156,9 +163,10 @@ def in_diffusers(name: str, precision: str = "float32") -> Any:
             for block in network.transformer_blocks:
                 block.norm1.emb = network.transformer_blocks[0].norm1.emb
         else:
-            network = diffusers.UNet2DModel.from_pretrained(folder)
+            network = diffusers.UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
             network = network.to(memory_format=torch.channels_last)
-    return network.eval().to(device(), getattr(torch, precision))
+    network = network.eval().to(device())
+    return network if precision == "float32" else network.to(getattr(torch, precision))
 
 
 def told_in_diffusers(name: str, batch: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ One step, the optimiser's update and the gradient's norm included, of
     simclr         ResNet-50 as experiments.cifar10_simclr trains it
 
 Sides that are compared begin with the same weights, and their loss and gradient's norm in the third step agree. Every
-core is a device, to which a part of the batch goes. Data is random and stays where it is.
+core is a device, to which a part of the batch goes, or as many as divide it. Data is random and stays where it is.
 
 On a machine with an accelerator batches are larger and arithmetic is bfloat16, with parameters in float32.
 """
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import attacks, networks
-from benchmarks.case import Case, Work, every_core
+from benchmarks.case import Case, Work, devices
 from benchmarks.sampling import accelerated
 
 BEFORE = 2  # steps that are taken before the first one whose outputs are compared
@@ -48,14 +48,13 @@ class Training(NamedTuple):
 
 
 def stepped(training: Callable[..., Training], batch: int) -> Work:
-    """A method on all cores, its state carried from run to run."""
+    """A method, its state carried from run to run."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxgen import place
 
-    every_core()
-    mesh, (method, batches, params) = place.mesh(), training()
+    mesh, (method, batches, params) = place.mesh(devices(batch)), training()
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     placed, key = place.jit(method, mesh), jax.device_put(jax.random.key(0), everywhere)
@@ -100,15 +99,15 @@ def noised(network: str, batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def diffusion(network: str, precision: str) -> Training:
-    """DDPM's training of a network."""
+def diffusion(network: str, precision: str, **options: Any) -> Training:
+    """DDPM's training of a network, of which ``options`` are more."""
     import jax
     import jax.numpy as jnp
     import optax
 
     from jaxgen import diffusion, train
 
-    path, predicted = diffusion.linear_beta(), networks.predicted(network, precision)
+    path, predicted = diffusion.linear_beta(), networks.predicted(network, precision, **options)
     params = networks.parameters(network)
 
     def loss(params: Any, batch: Any, key: Any) -> Any:
@@ -117,6 +116,11 @@ def diffusion(network: str, precision: str) -> Training:
 
     method = train.minimise(loss, optax.adam(RATE), lambda key: jax.tree.map(jnp.asarray, params))
     return Training(method, functools.partial(noised, network), params)
+
+
+def published(network: str, precision: str) -> Training:
+    """`diffusion` with the operations of the network's paper."""
+    return diffusion(network, precision, **networks.as_published(network))
 
 
 def diffusion_in_torch(network: str, precision: str, batch: int, *, by_compiler: bool = False) -> Work:
@@ -248,7 +252,7 @@ def simclr(precision: str, *, quick: bool) -> Training:
 def cases(quick: bool) -> list[Case]:
     """The four."""
     precision = "bfloat16" if accelerated() and not quick else "float32"
-    batches = {"diffusion": 16, "adversarial": 64, "gan": 8, "simclr": 16}
+    batches = {"diffusion": 16, "adversarial": 64, "gan": 4, "simclr": 16}
     if accelerated():
         batches = {"diffusion": 256, "adversarial": 512, "gan": 256, "simclr": 512}
     if quick:
@@ -271,6 +275,7 @@ def cases(quick: bool) -> list[Case]:
         "simclr": {"jaxgen": functools.partial(stepped, functools.partial(simclr, precision, quick=quick))},
     }
     trainings = {name: one["jaxgen"].args[0] for name, one in sides.items()}  # type: ignore[attr-defined]
+    trainings["diffusion"] = functools.partial(published, network, precision)
     return [
         Case(
             name=f"{name}-batch{batch}",

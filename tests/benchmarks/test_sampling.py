@@ -19,7 +19,7 @@ def in_this_process(monkeypatch):
     """Weights are written here, and the devices are the tests'."""
     networks.in_diffusers.cache_clear()
     monkeypatch.setattr(networks.subprocess, "run", lambda words, **_: networks.save(words[-2], Path(words[-1])))
-    monkeypatch.setattr(sampling, "every_core", lambda: None)
+    monkeypatch.setattr("benchmarks.case.every_core", lambda: None)
 
 
 def quick(name):
