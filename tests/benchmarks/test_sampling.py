@@ -113,4 +113,4 @@ def test_cases_say_what_they_are():
     for case in (*sampling.cases(quick=True), *sampling.cases(quick=False)):
         assert next(iter(case.sides)) == "jaxgen"
         assert {"network", "solver", "steps", "evaluations", "batch", "precision"} <= case.settings.keys()
-    assert quick("unet-tiny-heun-2-batch2").settings["evaluations"] == 3
+    assert quick("unet-tiny-heun-4-batch2").settings["evaluations"] == 7
