@@ -15,6 +15,8 @@ GroupNorm: Wu & He 2018 (https://arxiv.org/abs/1803.08494). BatchNorm: Ioffe & S
 (https://arxiv.org/abs/1502.03167), with its statistics for inference computed afterwards as in "precise BN"
 (Wu & Johnson 2021, https://arxiv.org/abs/2105.07576) and SWA: running averages are a second state beside the
 parameters, lag behind them and belong to no EMA of them.
+
+What lies between x and y costs less to compute again than to keep for the gradient: hence ``jax.checkpoint``.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,8 +37,13 @@ _STATISTICS, _MOMENTS = "batch_stats", "batch_moments"
 def _channel_moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """Eq. 1 over ``axes``, which are kept with length 1; x in float32."""
     shift = lax.stop_gradient(x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))])
-    centred = x - shift
-    first, second = jnp.mean(centred, axes, keepdims=True), jnp.mean(centred**2, axes, keepdims=True)
+
+    @jax.checkpoint
+    def moments(x: Array) -> tuple[Array, Array]:
+        centred = x - shift
+        return jnp.mean(centred, axes, keepdims=True), jnp.mean(centred**2, axes, keepdims=True)
+
+    first, second = moments(x)
     return shift + first, jnp.maximum(second - first**2, 0.0)
 
 
@@ -80,8 +87,11 @@ class GroupNorm(nn.Module):
         def spread(a: Array) -> Array:
             return jnp.broadcast_to(a, grouped).reshape(means.shape)
 
-        y = (x - spread(mean)) * (spread(lax.rsqrt(variance + self.eps)) * scale) + bias
-        return (nn.silu(y) if self.silu else y).astype(self.dtype)
+        def finish(x: Array, mean: Array, factor: Array) -> Array:
+            y = (x - mean) * factor + bias
+            return (nn.silu(y) if self.silu else y).astype(self.dtype)
+
+        return jax.checkpoint(finish)(x, spread(mean), spread(lax.rsqrt(variance + self.eps)) * scale)
 
 
 def layer_norm(x: Array, *, eps: float = 1e-6) -> Array:
