@@ -93,6 +93,18 @@ def test_a_directory_that_holds_no_trained_run(tmp_path):
         quality.model(tmp_path, quick=True, images=4)
 
 
+def test_a_picture_of_both_scores(tmp_path):
+    scores = {"frechet": 2.0, "recognised": 0.5, "frechet_held_out": 1.0}
+    records = [
+        SimpleNamespace(p50=0.1 * n, batch=4, quality=scores, settings={"solver": solver, "evaluations": n})
+        for solver in ("ddim", "heun")
+        for n in (8, 3)
+    ]
+    quality.plot(tmp_path / "quality.png", records)
+    with Image.open(tmp_path / "quality.png") as image:
+        assert min(image.size) > 400
+
+
 @pytest.mark.slow
 def test_all_solvers_of_a_run(tmp_path):
     """A minute: the command trains a tiny run and draws by every solver."""
