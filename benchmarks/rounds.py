@@ -131,7 +131,8 @@ def measure(
         alike = check_outputs({name: np.load(file) for name, file in files.items()}, case)
         seconds = take_turns(processes, repeats=repeats, budget=budget)
         for name, process in processes.items():
-            check_growth(name, quantile(seconds[name], 0.5), grown(process))
+            usual = quantile(seconds[name], 0.5)
+            check_growth(name, usual, grown(process, enough=GROWTH * usual))
         ends = {name: process.ask(do="end") for name, process in processes.items()}
     for name, end in ends.items():
         if not end["finite"]:
@@ -160,10 +161,10 @@ def take_turns(processes: Mapping[str, Process], *, repeats: int, budget: float)
     return seconds
 
 
-def grown(process: Process) -> Iterator[tuple[int, float]]:
+def grown(process: Process, *, enough: float) -> Iterator[tuple[int, float]]:
     """Seconds at 2, 4, ... 64 times the batch, each when it is asked for."""
     for power in range(1, 7):
-        yield 2**power, process.ask(do="grow", factor=2**power)["seconds"]
+        yield 2**power, process.ask(do="grow", factor=2**power, enough=enough)["seconds"]
 
 
 def check_growth(name: str, seconds: float, larger: Iterator[tuple[int, float]]) -> None:
