@@ -33,6 +33,7 @@ from benchmarks.statistics import median_interval, quantile
 
 LEAST = 5  # rounds, whatever the budget
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # variables that libraries read
+LONG = 1.0  # seconds: a run that noise does not make a third longer
 GROWTH = 1.3  # of the time, at the least, somewhere between twice and 64 times the batch
 
 
@@ -132,7 +133,7 @@ def measure(
         seconds = take_turns(processes, repeats=repeats, budget=budget)
         for name, process in processes.items():
             usual = quantile(seconds[name], 0.5)
-            check_growth(name, usual, grown(process, enough=GROWTH * usual))
+            check_growth(name, usual, grown(process, times=3 if usual < LONG else 1))
         ends = {name: process.ask(do="end") for name, process in processes.items()}
     for name, end in ends.items():
         if not end["finite"]:
@@ -161,10 +162,10 @@ def take_turns(processes: Mapping[str, Process], *, repeats: int, budget: float)
     return seconds
 
 
-def grown(process: Process, *, enough: float) -> Iterator[tuple[int, float]]:
+def grown(process: Process, *, times: int) -> Iterator[tuple[int, float]]:
     """Seconds at 2, 4, ... 64 times the batch, each when it is asked for."""
     for power in range(1, 7):
-        yield 2**power, process.ask(do="grow", factor=2**power, enough=enough)["seconds"]
+        yield 2**power, process.ask(do="grow", factor=2**power, times=times)["seconds"]
 
 
 def check_growth(name: str, seconds: float, larger: Iterator[tuple[int, float]]) -> None:

@@ -4,9 +4,8 @@ It binds itself to its cores before any library has counted them, gets ready, ru
 and says so; then it does what it is told, a line of JSON for a line of JSON:
 
     {"do": "run"}                   runs the work once          -> {"seconds", "compilations"}
-    {"do": "grow", "factor": 2, "enough": 0.1}
-                                    of so many times the batch, until it takes that long or three times
-                                                                -> {"seconds"}, the shortest or the one that was enough
+    {"do": "grow", "factor": 2, "times": 3}
+                                    of so many times the batch  -> {"seconds"}, the least of so many runs
     {"do": "end"}                                               -> {"finite", "peak_bytes", "peak_flops"}
 """
 
@@ -16,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def serve(module: str, case_name: str, name: str, quick: bool, file: str, answer
         elif order["do"] == "grow":
             grown = case.sides[name](order["factor"] * case.batch)
             settled(grown.run())
-            tell(seconds=_until(order["enough"], (_timed(settled, grown.run) for _ in range(3))))
+            tell(seconds=min(_timed(settled, grown.run) for _ in range(order["times"])))
         else:
             finite = bool(np.isfinite(result).all() and np.isfinite(np.asarray(work.outputs(outputs))).all())
             peak = _peak_flops(case.settings.get("precision")) if framework == "jax" else None
@@ -125,16 +124,6 @@ def bind(threads: int) -> None:
     """Leaves this process so many of its cores. To be called before any library counts them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
-
-
-def _until(enough: float, seconds: Iterator[float]) -> float:
-    """The first that is enough; if none is, the least."""
-    seen = []
-    for one in seconds:
-        if one > enough:
-            return one
-        seen.append(one)
-    return min(seen)
 
 
 def _timed(settled: Callable[[Any], Any], run: Callable[[], Any]) -> float:
