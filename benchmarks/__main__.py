@@ -93,14 +93,17 @@ def _measure(words: list[str]) -> int:
 
 
 def _measure_itself(suite: Any, options: argparse.Namespace) -> int:
-    file = options.out / f"{options.name}.jsonl"
+    file, found = options.out / f"{options.name}.jsonl", 0
     try:
-        for one in suite.records(options):
+        for found, one in enumerate(suite.records(options), 1):  # noqa: B007 - how many there were
             record.append(file, one)
             print(report.line(one), flush=True)
     except rounds.RefusedError as reason:
         print(f"REFUSED: {reason}", flush=True)
         return 1
+    if not found:
+        print(f"--case must be part of a case's name, got {options.case!r}", file=sys.stderr)
+        return 2
     if hasattr(suite, "plot"):
         suite.plot(file.with_suffix(".png"), record.read(file))
     return 0

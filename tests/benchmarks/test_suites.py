@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 
-from benchmarks.__main__ import SUITES
+from benchmarks import rounds
+from benchmarks.__main__ import SUITES, main
 
 
 @pytest.mark.parametrize(("name", "module"), [(name, module) for name, (module, _) in SUITES.items()])
@@ -21,3 +22,18 @@ def test_a_suite_is_one(name, module):
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             assert next(iter(case.sides)) == "jaxgen"
+
+
+def test_a_case_that_is_not_there(tmp_path, capsys):
+    assert main(["compile", "--case", "nowhere", "--out", str(tmp_path)]) == 2
+    assert "--case must be part of a case's name, got 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_suite_that_refuses_itself(tmp_path, capsys, monkeypatch):
+    def records(options):
+        raise rounds.RefusedError("a reason")
+        yield
+
+    monkeypatch.setattr(importlib.import_module("benchmarks.compilation"), "records", records)
+    assert main(["compile", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "REFUSED: a reason\n"
