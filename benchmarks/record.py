@@ -12,7 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 SCHEMA = 1
-PACKAGES = ("jaxgen", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "diffusers", "foolbox", "torchattacks")
+PACKAGES = (
+    "jaxgen",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "torch",
+    "diffusers",
+    "foolbox",
+    "torchattacks",
+    "lightly",
+    "scipy",
+)
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_NUM_CPU_DEVICES")
 
 Kind = Literal["measured", "estimate"]
