@@ -1,7 +1,7 @@
 """The benchmarks' command line.
 
     python -m benchmarks                                    lists them and their cases
-    python -m benchmarks sampling --against diffusers       measures one, beside sides whose name begins so
+    python -m benchmarks sampling --against diffusers       measures one, beside sides that are called or begin so
     python -m benchmarks compare BEFORE AFTER               ends with 1 if a side has become slower
     python -m benchmarks report results/                    tables and pictures of what was measured
 
@@ -46,7 +46,7 @@ def _measure(words: list[str]) -> int:
     parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", nargs="?", choices=SUITES, help="which benchmark; none to list all")
     parser.add_argument("--against", nargs="*", default=None, metavar="PEER", help="sides beside jaxgen; default: all")
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--case", default="", help="the case of this name, or those that hold it")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder that the records are added to")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")
     parser.add_argument("--repeats", type=int, default=30, help="rounds, at most")
@@ -69,7 +69,8 @@ def _measure(words: list[str]) -> int:
     suite = importlib.import_module(module)
     if hasattr(suite, "records"):
         return _measure_itself(suite, options)
-    wanted = [case for case in suite.cases(options.quick) if options.case in case.name]
+    cases = {case.name: case for case in suite.cases(options.quick)}
+    wanted = [cases[name] for name in rounds.named(list(cases), options.case, str.__contains__)]
     if not wanted:
         parser.error(f"--case must be part of a case's name, got {options.case!r}")
     refused = False

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,20 @@ class Process:
         self.process.communicate()
 
 
+def named(names: Sequence[str], word: str, alike: Callable[[str, str], bool]) -> list[str]:
+    """The one that is called so; if there is none, those that are alike."""
+    return [word] if word in names else [name for name in names if alike(name, word)]
+
+
 def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str, str]]:
-    """The first side, and those whose name begins with one of ``against``; all where it is None.
+    """The first side, and those that ``against`` names, or whose names begin so; all where it is None.
 
     Returns:
         Sides that can run, and of the others the library that is missing.
     """
     first, *others = case.sides
-    wanted = [first, *(name for name in others if against is None or name.startswith(tuple(against)))]
+    peers = others if against is None else [name for word in against for name in named(others, word, str.startswith)]
+    wanted = list(dict.fromkeys([first, *peers]))
     missing = {}
     for name in wanted:
         absent = [library for library in case.libraries.get(name, ()) if importlib.util.find_spec(library) is None]

@@ -113,3 +113,23 @@ def test_who_begins_changes_with_each_round():
     found = rounds.take_turns({name: Noted(name) for name in "abc"}, repeats=4, budget=60.0)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert found == {name: [1.0] * 4 for name in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("against", "sides"),
+    [
+        (None, ["ours", "peer", "peer-compiled", "other"]),
+        ([], ["ours"]),
+        (["peer"], ["ours", "peer"]),
+        (["peer-c", "other"], ["ours", "peer-compiled", "other"]),
+        (["p", "peer"], ["ours", "peer", "peer-compiled"]),
+    ],
+)
+def test_who_is_named(against, sides):
+    case = liars.Case("c", {}, dict.fromkeys(["ours", "peer", "peer-compiled", "other"], liars.sleeping), 1)
+    assert rounds.sides_of(case, against) == (sides, {})
+
+
+def test_who_is_not_installed():
+    case = liars.Case("c", {}, dict.fromkeys(["ours", "peer"]), 1, libraries={"peer": ("numpy", "no_such_library")})
+    assert rounds.sides_of(case, None) == (["ours"], {"peer": "no_such_library"})
