@@ -26,7 +26,14 @@ PACKAGES = (
     "lightly",
     "scipy",
 )
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_NUM_CPU_DEVICES")
+FLAGS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_NUM_CPU_DEVICES",
+    "GLIBC_TUNABLES",
+)
 
 Kind = Literal["measured", "estimate"]
 """Whether a clock gave the numbers, or a model of a machine that was not there."""
