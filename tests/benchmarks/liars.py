@@ -19,6 +19,16 @@ def sleeping(batch, milliseconds=2.0, result=RESULT, **fields):
     return Work(run, **fields)
 
 
+def large(batch):
+    """8 MB an example."""
+
+    def run():
+        time.sleep(batch / 500)
+        return float(np.ones(2**20 * batch).sum()) * RESULT
+
+    return Work(run, outputs=lambda out: RESULT)
+
+
 def at_once(batch):
     return Work(lambda: RESULT)
 
@@ -59,6 +69,7 @@ def leaving(batch):
 SIDES = {
     "honest": functools.partial(sleeping, quality=lambda result: {"largest": float(result.max())}),
     "slower": functools.partial(sleeping, milliseconds=6.0),
+    "large": large,
     "at once": at_once,
     "not finite": functools.partial(sleeping, result=np.full(50, np.inf)),
     "not finite later": last_run_is_nan,

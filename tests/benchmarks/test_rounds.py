@@ -133,3 +133,8 @@ def test_who_is_named(against, sides):
 def test_who_is_not_installed():
     case = liars.Case("c", {}, dict.fromkeys(["ours", "peer"]), 1, libraries={"peer": ("numpy", "no_such_library")})
     assert rounds.sides_of(case, None) == (["ours"], {"peer": "no_such_library"})
+
+
+def test_memory_is_that_of_the_case_and_not_of_larger_batches():
+    (one,) = measured("large", repeats=5)
+    assert 14 * 2**20 < one.peak_bytes < 26 * 2**20  # two examples, of 8 MiB; growth has had 32 at least
