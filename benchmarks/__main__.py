@@ -75,9 +75,7 @@ def _measure(words: list[str]) -> int:
         parser.error(f"--case must be part of a case's name, got {options.case!r}")
     refused = False
     for case in wanted:
-        sides, missing = rounds.sides_of(case, options.against)
-        for name, library in missing.items():
-            print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
+        sides = rounds.present(case, options.against)
         try:
             found = rounds.measure(
                 options.name, module, case, sides, threads=options.threads, repeats=options.repeats,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Case, Work, every_core
+from benchmarks.case import Case, Work, devices
 
 EPS = 0.1
 RADII = tuple(np.linspace(0.02, 0.16, 8).tolist())
@@ -154,7 +154,6 @@ def jaxgen(task: str, steps: int, batch: int) -> Work:
 
     from jaxgen import attacks, place
 
-    every_core()
     network, (x, labels) = jax_network(task), images(task, batch)
     keys = jax.random.split(jax.random.key(0), batch)  # nothing is drawn from them
     radii = jnp.asarray(RADII if task == "curve" else (EPS,))
@@ -170,7 +169,7 @@ def jaxgen(task: str, steps: int, batch: int) -> Work:
         keys, x, labels = rows
         return jax.vmap(lambda eps: attacked(keys, x, labels, eps), out_axes=1)(radii)
 
-    program = place.rows(each, place.mesh())
+    program = place.rows(each, place.mesh(devices(batch)))
     return Work(lambda: program(radii, (keys, x, labels)), outputs=lambda found: np.asarray(found).swapaxes(0, 1))
 
 

@@ -158,9 +158,7 @@ def records(options: Namespace) -> Iterator[Record]:
     if options.case not in case.name:
         return
     task = str(case.settings["network"]), int(case.settings["steps"])
-    sides, missing = rounds.sides_of(case, options.against)
-    for name, library in missing.items():
-        print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
+    sides = rounds.present(case, options.against)
     before = os.getloadavg()[0]
     told: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
@@ -168,19 +166,15 @@ def records(options: Namespace) -> Iterator[Record]:
         write_weights(task[0], folder / "weights")
         for name in sides:
             started(name, task, options.threads, folder)
-        turns, begin = itertools.cycle(sides), time.perf_counter()
-        for number in range(options.repeats):
-            if number >= rounds.LEAST and time.perf_counter() - begin > options.budget:
-                break
+        for order in rounds.turns(sides, repeats=options.repeats, budget=options.budget):
             images = {}
-            for name in itertools.islice(turns, len(sides)):
+            for name in order:
                 one, images[name] = started(name, task, options.threads, folder)
                 if name == "jaxgen" and not one["cached"]:
                     raise rounds.RefusedError(f"{name}: its program did not come from the cache")
                 told[name].append(one)
             rounds.check_threads({name: each[-1] for name, each in told.items()}, options.threads)
             alike = rounds.check_outputs({name: images[name] for name in sides}, case)
-            next(turns)
     yield from rounds.records_of(
         "compile",
         case,

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -97,6 +96,14 @@ def sides_of(case: Case, against: list[str] | None) -> tuple[list[str], dict[str
     return [name for name in wanted if name not in missing], missing
 
 
+def present(case: Case, against: list[str] | None) -> list[str]:
+    """The sides that can run; which ones are left out, and why, is said."""
+    sides, missing = sides_of(case, against)
+    for name, library in missing.items():
+        print(f"{case.name:36}{name:18}left out: {library} is not installed", flush=True)
+    return sides
+
+
 def measure(
     suite: str,
     module: str,
@@ -155,17 +162,29 @@ def take_turns(processes: Mapping[str, Process], *, repeats: int, budget: float)
         RefusedError: a side compiled while its time was taken.
     """
     seconds: dict[str, list[float]] = {name: [] for name in processes}
-    names, start = itertools.cycle(processes), time.perf_counter()
-    for number in range(repeats):
-        if number >= LEAST and time.perf_counter() - start > budget:
-            break
-        for name in itertools.islice(names, len(processes)):
+    for order in turns(list(processes), repeats=repeats, budget=budget):
+        for name in order:
             answer = processes[name].ask(do="run")
             if answer["compilations"]:
                 raise RefusedError(f"{name}: {answer['compilations']} programs compiled in a run that was timed")
             seconds[name].append(answer["seconds"])
-        next(names)
     return seconds
+
+
+def turns(names: Sequence[str], *, repeats: int, budget: float) -> Iterator[list[str]]:
+    """The order of sides in each round, until the budget's seconds are over; who begins changes with each.
+
+    Args:
+        names: of the sides.
+        repeats: rounds, at most.
+        budget: seconds that all of them may take together; five rounds are made in any case.
+    """
+    start = time.perf_counter()
+    for number in range(repeats):
+        if number >= LEAST and time.perf_counter() - start > budget:
+            return
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
 
 
 def grown(process: Process, *, times: int) -> Iterator[tuple[int, float]]:

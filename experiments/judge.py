@@ -5,6 +5,7 @@ the Fréchet distance between its features of generated and of real ones, are th
 was trained on. The features can be another network's.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from experiments import image_data
 from jaxgen import data, loop, metrics, nets, place, train
 from jaxgen.images import save_grid
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
+
+NEIGHBOURS = 3  # of precision and recall, as their paper chose
 
 
 class Classifier(nn.Module):
@@ -180,7 +183,7 @@ def report(
         for name, score, samples, more in (
             ("frechet", "frechet", len(drawn), {}),
             ("frechet_floor", "frechet", real.held_out, {}),
-            ("precision and recall", "precision-recall", real.few, {"neighbours": 3}),
+            ("precision and recall", "precision-recall", real.few, {"neighbours": NEIGHBOURS}),
         )
     }
     written = {**told, **scores, **held_out, "signatures": signed}
@@ -205,9 +208,12 @@ def report(
     )
 
 
+_precision_recall = jax.jit(functools.partial(metrics.precision_recall, neighbours=NEIGHBOURS))
+
+
 def _distances(features: np.ndarray, real: np.ndarray, few: int) -> dict[str, float]:
     """The Fréchet distance, and precision and recall of the first ``few``."""
-    precision, recall = map(float, jax.jit(metrics.precision_recall)(features[:few], real))
+    precision, recall = map(float, _precision_recall(features[:few], real))
     frechet = float(jax.jit(metrics.frechet_distance)(features, real))
     return {"frechet": frechet, "precision": precision, "recall": recall}
 

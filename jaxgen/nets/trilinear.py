@@ -26,8 +26,8 @@ primitive. A ``custom_vjp`` would lose forward mode (MeanFlow needs ``jvp`` insi
 How each is compiled is decided in one place, ``_primitive`` below. On CPU, (3) and (4) are written as plain
 NHWC/HWIO convolutions of operands that are rearranged in memory; XLA:CPU folds no transpose back into a
 convolution, so they stay plain in a loop's body, and (4) takes the shapes that its kernels are fastest at.
-Everywhere else they have the very dimension numbers that
-JAX itself emits, whose patterns cuDNN and the TPU compiler recognise.
+Everywhere else they have the very dimension numbers that JAX itself emits, whose patterns cuDNN and the TPU
+compiler recognise.
 """
 
 from collections.abc import Callable, Sequence

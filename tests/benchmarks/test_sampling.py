@@ -1,7 +1,5 @@
 """Sampling as it is measured: sides do the same work, and a program serves every solver."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +9,7 @@ from benchmarks import networks, rounds, sampling
 from jaxgen import diffusion
 
 # diffusers' own warnings, not ours.
-pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Weights are written here, and the devices are the tests'."""
-    networks.in_diffusers.cache_clear()
-    monkeypatch.setattr(networks.subprocess, "run", lambda words, **_: networks.save(words[-2], Path(words[-1])))
-    monkeypatch.setattr("benchmarks.case.every_core", lambda: None)
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("in_this_process")]
 
 
 def quick(name):

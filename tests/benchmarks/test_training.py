@@ -1,7 +1,6 @@
 """Training as it is measured: sides take the same steps."""
 
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,15 +9,7 @@ import pytest
 from benchmarks import networks, rounds, training
 
 # diffusers' own warnings, not ours.
-pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Weights are written here, and the devices are the tests'."""
-    networks.in_diffusers.cache_clear()
-    monkeypatch.setattr(networks.subprocess, "run", lambda words, **_: networks.save(words[-2], Path(words[-1])))
-    monkeypatch.setattr("benchmarks.case.every_core", lambda: None)
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("in_this_process")]
 
 
 def outputs(work, steps=2):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxgen import metrics
 from jaxgen.metrics import moments
+from tests.metrics import pieces
 
 FEATURES, ROWS = 6, 8
 
@@ -27,14 +28,7 @@ def rows(count, *, seed=0, offset=0.0):
 
 
 def gathered(x, sizes):
-    """The state of all rows of x, in pieces of these sizes, each padded with rows that are not to count."""
-    state, start = moments.init(FEATURES), 0
-    for size in sizes:
-        piece = np.full((ROWS, FEATURES), np.nan, np.float32)
-        piece[:size] = x[start : start + size]
-        state, start = update(state, piece, mask=np.arange(ROWS) < size), start + size
-    assert start == len(x)
-    return state
+    return pieces.gathered(moments.init(FEATURES), update, x, sizes, rows=ROWS)
 
 
 def assert_moments(state, x, *, rtol=1e-5):

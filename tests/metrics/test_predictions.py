@@ -9,7 +9,7 @@ import pytest
 
 from jaxgen import metrics
 from jaxgen.metrics import InceptionScore, inception_score, predictions
-from tests.metrics import peers
+from tests.metrics import peers, pieces
 
 CLASSES, IMAGES = 7, 8
 
@@ -33,14 +33,7 @@ def logits(images, *, seed=0):
 
 
 def gathered(x, sizes):
-    """The state of all rows of x, in pieces of these sizes, each padded with rows that are not to count."""
-    state, start = predictions.init(CLASSES), 0
-    for size in sizes:
-        piece = np.full((IMAGES, CLASSES), np.nan, np.float32)
-        piece[:size] = x[start : start + size]
-        state, start = update(state, piece, mask=np.arange(IMAGES) < size), start + size
-    assert start == len(x)
-    return state
+    return pieces.gathered(predictions.init(CLASSES), update, x, sizes, rows=IMAGES)
 
 
 @pytest.mark.parametrize(("images", "splits"), [(40, 1), (43, 4), (10, 10)])
