@@ -154,6 +154,7 @@ def jaxgen(task: str, steps: int, batch: int) -> Work:
 
     from jaxgen import attacks, place
 
+    mesh = place.mesh(devices(batch))
     network, (x, labels) = jax_network(task), images(task, batch)
     keys = jax.random.split(jax.random.key(0), batch)  # nothing is drawn from them
     radii = jnp.asarray(RADII if task == "curve" else (EPS,))
@@ -169,7 +170,7 @@ def jaxgen(task: str, steps: int, batch: int) -> Work:
         keys, x, labels = rows
         return jax.vmap(lambda eps: attacked(keys, x, labels, eps), out_axes=1)(radii)
 
-    program = place.rows(each, place.mesh(devices(batch)))
+    program = place.rows(each, mesh)
     return Work(lambda: program(radii, (keys, x, labels)), outputs=lambda found: np.asarray(found).swapaxes(0, 1))
 
 

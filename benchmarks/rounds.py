@@ -57,6 +57,7 @@ class Process:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.process.wait()  # it has closed its end, but may not have said why yet
             raise RefusedError(f"{self.name} ended: see what it printed above")
         told: dict[str, Any] = json.loads(line)
         return told

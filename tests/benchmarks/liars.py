@@ -66,6 +66,10 @@ def leaving(batch):
     raise SystemExit(3)
 
 
+def failing(batch):
+    raise ValueError("of all things")
+
+
 SIDES = {
     "honest": functools.partial(sleeping, quality=lambda result: {"largest": float(result.max())}),
     "slower": functools.partial(sleeping, milliseconds=6.0),
@@ -78,6 +82,7 @@ SIDES = {
     "on all cores": on_all_cores,
     "compiling": compiling,
     "leaving": leaving,
+    "failing": failing,
 }
 
 

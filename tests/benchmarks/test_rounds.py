@@ -138,3 +138,9 @@ def test_who_is_not_installed():
 def test_memory_is_that_of_the_case_and_not_of_larger_batches():
     (one,) = measured("large", repeats=5)
     assert 14 * 2**20 < one.peak_bytes < 26 * 2**20  # two examples, of 8 MiB; growth has had 32 at least
+
+
+def test_why_a_side_ended_is_seen(capfd):
+    with pytest.raises(rounds.RefusedError, match="failing ended"):
+        measured("failing")
+    assert "ValueError: of all things" in capfd.readouterr().err
