@@ -10,7 +10,8 @@ One step, the optimiser's update and the gradient's norm included, of
     simclr         ResNet-50 as experiments.cifar10_simclr trains it
 
 Sides that are compared begin with the same weights, and their loss and gradient's norm in the third step agree. Every
-core is a device, to which a part of the batch goes, or as many as divide it. Data is random and stays where it is.
+core is a device, to which a part of the batch goes, or as many as divide it. jaxgen's side keeps freed memory
+(`jaxgen.memory`). Data is random and stays where it is.
 
 On a machine with an accelerator batches are larger and arithmetic is bfloat16, with parameters in float32.
 """
@@ -52,8 +53,9 @@ def stepped(training: Callable[..., Training], batch: int) -> Work:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jaxgen import place
+    from jaxgen import memory, place
 
+    memory.keep_freed()
     mesh, (method, batches, params) = place.mesh(devices(batch)), training()
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -81,7 +83,7 @@ def flops(training: Callable[..., Training]) -> float:
     """Of a step, for an image of a batch of two."""
     import jax
 
-    from benchmarks.flops import counted
+    from jaxgen.plan.flops import counted
 
     method, batches, _ = training()
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,6 +9,8 @@ line on standard error and exit code 2; set JAXGEN_TRACEBACK=1 to see where it w
 """
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
 import signal
 import sys
@@ -18,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 
+from jaxgen import memory
 from jaxgen.loop import Stopped
 
 
@@ -71,6 +74,8 @@ def main(
     program = f"python -m {_program()}" + (f" {name}" if name else "")
     given = tyro.cli(parser, prog=program, description=description, args=words, default=parser(defaults))
     _keep_compiled_programs()
+    if args is None:  # else the process is another's
+        _keep_freed_memory()
     try:
         command.run(given.options)
     except Stopped as stopped:
@@ -102,3 +107,11 @@ def _keep_compiled_programs() -> None:
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return  # a cache that cannot be kept costs time and nothing else
     jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _keep_freed_memory() -> None:
+    """Spares programs on the host fresh memory at every step, where it is sure that they will run there."""
+    alone = jax.config.values["jax_num_cpu_devices"] <= 1  # several wait for one allocator longer than they gain
+    others = importlib.util.find_spec("libtpu") or importlib.metadata.entry_points(group="jax_plugins")
+    if alone and (jax.config.values["jax_platforms"] == "cpu" or not others):
+        memory.keep_freed()

@@ -11,11 +11,12 @@ import jaxgen
 
 ROOT = Path(jaxgen.__file__).parent
 FLOORS = {
-    **dict.fromkeys(["typing", "checks", "random"], 0),
+    **dict.fromkeys(["typing", "checks", "random", "memory"], 0),
     **dict.fromkeys(["attacks", "contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging", "momentum", "robust"], 2),
     "place": 3,
-    **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "cli", "pretrained"], 4),
+    **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "profile", "cli", "pretrained", "export"], 4),
+    **dict.fromkeys(["cloud", "doctor"], 4),
 }
 FAMILIES = {"attacks", "contrastive", "diffusion", "gan", "metrics", "nets"}
 # Only the host's side may name these; jaxgen.train alone knows optimisers.
@@ -84,6 +85,7 @@ def publics():
         "loop",
         "images",
         "pretrained",
+        "export",
         "run",
     ):
         module = importlib.import_module(f"jaxgen.{name}")

@@ -197,3 +197,20 @@ def test_who_cannot_keep_compiled_programs_runs_all_the_same(tmp_path, monkeypat
 def test_asking_for_help_keeps_nothing(cache):
     assert code("--help") == 0
     assert not os.path.lexists(cache)
+
+
+@pytest.mark.parametrize(("platforms", "devices", "others", "kept"), [
+    ("cpu", -1, ["cuda"], True), (None, -1, [], True), (None, -1, ["cuda"], False), ("cpu", 2, [], False),
+])  # fmt: skip
+def test_a_program_on_the_host_keeps_freed_memory(platforms, devices, others, kept, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli.memory, "keep_freed", lambda: calls.append(True))
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: others)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["bread"])
+    values = {**jax.config.values, "jax_platforms": platforms, "jax_num_cpu_devices": devices}
+    monkeypatch.setattr(cli.jax, "config", types.SimpleNamespace(values=values, update=lambda *_: None))
+    cli.main("", cli.Command(lambda options: None, Bake()))
+    assert bool(calls) == kept
+    cli.main("", cli.Command(lambda options: None, Bake()), args=())
+    assert len(calls) == kept
