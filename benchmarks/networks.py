@@ -124,7 +124,7 @@ def flops(name: str) -> float:
     """Operations of one evaluation for one image, as the network is published."""
     import jax
 
-    from benchmarks.flops import counted
+    from jaxgen.plan.flops import counted
 
     x = jax.ShapeDtypeStruct((1, *NETWORKS[name].shape), np.float32)
     t = jax.ShapeDtypeStruct((1,), np.float32)

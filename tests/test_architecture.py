@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(["typing", "checks", "random", "memory"], 0),
     **dict.fromkeys(["attacks", "contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging", "momentum", "robust"], 2),
-    "place": 3,
+    **dict.fromkeys(["place", "plan"], 3),
     **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "profile", "cli", "pretrained", "export"], 4),
     **dict.fromkeys(["cloud", "doctor"], 4),
 }
@@ -29,8 +29,8 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            if node.module == "jaxgen":
-                yield from (f"jaxgen.{alias.name}" for alias in node.names)
+            if node.module in {"jaxgen", "jax", "jax.experimental"}:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
@@ -53,8 +53,8 @@ def test_imports_point_down(file):
             assert there == here or not {here, there} <= FAMILIES, f"the families {here} and {there} join"
         assert top not in HOST_ONLY or floor == 4, f"{here} imports {top}"
         assert top not in {"experiments", "benchmarks", "tests"}, f"{here} imports {top}"
-        if name.startswith("jax.sharding"):
-            assert here == "place", f"{here} names shardings"
+        if name.startswith(("jax.sharding", "jax.experimental.topologies", "jax.experimental.mesh_utils", "libtpu")):
+            assert here in {"place", "plan"}, f"{here} names shardings or topologies"
         if top == "flax":
             assert here == "nets", f"{here} imports flax"
 
@@ -82,6 +82,9 @@ def publics():
         "momentum",
         "robust",
         "place",
+        "plan",
+        "plan.flops",
+        "plan.hlo",
         "loop",
         "images",
         "pretrained",

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from benchmarks.flops import counted
 from jaxgen import nets
 from jaxgen.nets.convolution import convolve
+from jaxgen.plan.flops import counted
 
 X, KERNEL = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 6))
 ONE = 2 * 2 * 8 * 8 * 9 * 4 * 6

@@ -1,0 +1,164 @@
+"""Programs' texts: what was written by hand, and what XLA makes of programs whose collectives are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxgen.plan import hlo
+
+KILO = 4 * 1024  # bytes of 1,024 numbers in float32
+
+LOOP = """HloModule train, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, must-alias) }, entry_computation_layout={(f32[1024]{0})->f32[1024]{0}}, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], f32[1024])) -> (s32[], f32[1024]) {
+  %state = (s32[], f32[1024]{0:T(1024)}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[1024]{0:T(1024)} get-tuple-element(%state), index=1
+  %summed = f32[1024]{0:T(1024)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true, to_apply=%add
+  ROOT %out = (s32[], f32[1024]{0:T(1024)}) tuple(%next, %summed)
+}
+
+%condition (state.1: (s32[], f32[1024])) -> pred[] {
+  %state.1 = (s32[], f32[1024]{0:T(1024)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[1024]) -> f32[1024] {
+  %p = f32[1024]{0:T(1024)} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[1024]{0:T(1024)}) tuple(%zero, %p)
+  %loop = (s32[], f32[1024]{0:T(1024)}) while(%start), condition=%condition, body=%body{KNOWN}
+  %y = f32[1024]{0:T(1024)} get-tuple-element(%loop), index=1
+  %all-gather-start = (f32[1024]{0:T(1024)}, f32[8192]{0:T(1024)}) all-gather-start(%y), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}, use_global_device_ids=true
+  %all-gather-done = f32[8192]{0:T(1024)} all-gather-done(%all-gather-start)
+  %moved = f32[1024]{0:T(1024)} collective-permute(%y), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  ROOT %sum.1 = f32[1024]{0:T(1024)} add(%y, %moved)
+}
+"""
+
+
+def text(known=""):
+    return LOOP.replace("{KNOWN}", known)
+
+
+@pytest.mark.parametrize("known", ["", ', backend_config={"known_trip_count":{"n":"7"}}'])
+def test_collectives_count_as_often_as_their_loop_goes_round(known):
+    reading = hlo.read(text(known))
+    assert reading.exact
+    found = {each.kind: each for each in reading.collectives}
+    assert found["all-reduce"] == ("all-reduce", 7, 7 * KILO, pytest.approx(7 * KILO * 2 * 3 / 4))
+    assert found["all-gather"] == ("all-gather", 1, 8 * KILO, pytest.approx(8 * KILO * 7 / 8))
+    assert found["collective-permute"] == ("collective-permute", 1, KILO, KILO)
+    assert len(found) == 3
+
+
+def test_loops_of_unknown_length_count_once_and_say_so():
+    reading = hlo.read(text().replace("direction=LT", "direction=NE"))
+    assert not reading.exact
+    assert {each.kind: each.runs for each in reading.collectives}["all-reduce"] == 1
+
+
+def test_aliases_transfers_dtypes_and_shapes():
+    clean = hlo.read(text())
+    assert (clean.aliases, clean.transfers, clean.float64, clean.dynamic) == (2, (), 0, 0)
+    dirty = text().replace(
+        "  ROOT %sum.1",
+        "  %token = token[] after-all()\n"
+        "  %sent = (f32[1024]{0}, u32[], token[]) send(%y, %token), channel_id=9, is_host_transfer=true\n"
+        '  %called = f32[] custom-call(%y), custom_call_target="xla_ffi_python_cpu_callback"\n'
+        '  %kernel = f32[] custom-call(%y), custom_call_target="tpu_custom_call"\n'
+        "  %wide = f64[4]{0} convert(%y)\n"
+        "  %some = f32[<=1024]{0} copy(%y)\n"
+        "  ROOT %sum.1",
+    )
+    reading = hlo.read(dirty)
+    assert (reading.transfers, reading.float64, reading.dynamic) == (("sent", "called"), 1, 1)
+
+
+def test_traffic_is_that_of_the_large_memory_alone():
+    # 7 all-reduces read and write, the gather reads 1 and writes 1 + 8 (its start has both), the permute and the sum.
+    assert hlo.read(text()).traffic == pytest.approx((7 * 2 + 10 + 2 + 3) * KILO + 7 * 12)
+    on_core = text().replace("{0:T(1024)} add(%y, %moved)", "{0:T(1024)S(1)} add(%y, %moved)")
+    assert hlo.read(text()).traffic - hlo.read(on_core).traffic == KILO
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("bf16[3,5]{1,0}", 30), ("pred[8]", 8), ("(f32[2], s8[3]{0}, token[])", 11), ("s4[6]", 3), ("c64[2]", 16),
+     ("f8e4m3fn[10]", 10), ("f32[]", 4), ("f32[<=3]", 12)],
+)  # fmt: skip
+def test_bytes(shape, expected):
+    assert hlo._bytes(shape) == expected
+
+
+def mesh():
+    return jax.make_mesh((8,), ("d",), (AxisType.Auto,))
+
+
+def compiled(function, *specs, shapes):
+    shardings = [NamedSharding(mesh(), PartitionSpec(*spec)) for spec in specs]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=s) for shape, s in zip(shapes, shardings, strict=True)
+    ]
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def test_a_sum_inside_of_a_scan_of_five():
+    def total(x):
+        def step(carry, _):
+            return carry + jax.lax.psum(jnp.sin(carry * x), "d"), None
+
+        return jax.lax.scan(step, jnp.zeros(1024), length=5)[0]
+
+    mapped = jax.shard_map(total, mesh=mesh(), in_specs=PartitionSpec("d"), out_specs=PartitionSpec(), check_vma=False)
+    reading = hlo.read(compiled(mapped, ("d",), shapes=[(8 * 1024,)]).as_text())
+    (found,) = reading.collectives
+    assert (found.kind, found.runs, found.bytes) == ("all-reduce", 5, 5 * KILO)
+    assert found.moved == pytest.approx(5 * KILO * 2 * 7 / 8)
+    assert reading.exact
+
+
+def test_a_gather_and_a_scatter():
+    def both(x):
+        whole = jax.lax.all_gather(x, "d", tiled=True)
+        return jax.lax.psum_scatter(jnp.sin(whole), "d", tiled=True)
+
+    mapped = jax.shard_map(both, mesh=mesh(), in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d"))
+    found = {each.kind: each for each in hlo.read(compiled(mapped, ("d",), shapes=[(1024,)]).as_text()).collectives}
+    assert found["all-gather"].bytes == KILO
+    assert found["all-gather"].moved == pytest.approx(KILO * 7 / 8)
+    assert found["reduce-scatter"].bytes == KILO
+
+
+def test_traffic_is_close_to_what_xla_counts_and_knows_loops():
+    def layers(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    def one(x, kernel):
+        return jnp.tanh(x @ kernel)
+
+    single = jax.jit(one).lower(jnp.ones((64, 64)), jnp.ones((64, 64))).compile()
+    traffic = hlo.read(single.as_text()).traffic
+    assert traffic == pytest.approx(single.cost_analysis()["bytes accessed"], rel=0.3)
+    many = jax.jit(layers).lower(jnp.ones((64, 64)), jnp.ones((20, 64, 64))).compile()
+    # A slice of the stacked kernels is read in each round, not the whole.
+    assert 19 * traffic < hlo.read(many.as_text()).traffic < 41 * traffic
+
+
+def test_what_is_donated_is_an_alias():
+    plain = jax.jit(lambda x: x + 1).lower(np.ones(4, np.float32)).compile()
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(np.ones(4, np.float32)).compile()
+    assert hlo.read(plain.as_text()).aliases == 0
+    assert hlo.read(donated.as_text()).aliases == 1
