@@ -9,13 +9,13 @@ labels, by nearest neighbours, and by eye.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from experiments import image_data, image_settings, image_training, representation

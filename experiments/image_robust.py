@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from etils.epath import Path
 
 from experiments import image_data, image_diffusion, image_settings, image_training, robustness
 from experiments.image_settings import Settings

@@ -13,11 +13,11 @@ A recipe is a module, as `experiments.image_diffusion` is, with
 
 import functools
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from experiments import image_contrastive, image_data, image_settings, image_training, judge
 from experiments.image_settings import Generating, Sample
@@ -60,7 +60,8 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
         images.save_grid(workdir / "film" / f"{step:07}.png", drawn[:columns], columns=columns)
         if step == config.steps:
             images.save_grid(workdir / "samples.png", drawn, columns=columns)
-            images.save_film(workdir / "film.png", _thinned(sorted((workdir / "film").glob("*.png"))))
+            frames = sorted(file for file in (workdir / "film").iterdir() if file.suffix == ".png")
+            images.save_film(workdir / "film.png", _thinned(frames))
 
     def in_between(step: int, state: Any) -> None:
         if step < config.steps:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxgen import checks
+from jaxgen import checks, profile
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -44,6 +44,9 @@ class Settings:
     """Steps between records of metrics."""
     save_every: int = 500
     """Steps between checkpoints."""
+    profile: str | None = None
+    """Steps to record with JAX's profiler, START:STOP as in 100:110, counted from 0; the recording is in the run's
+    directory, for XProf to show."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,8 @@ def check(config: Settings) -> None:
         checks.positive_integer("image_size", config.image_size)
     if config.batch_size % config.microbatches:
         raise ValueError(f"`microbatches` must divide `batch_size`, {config.batch_size}, got {config.microbatches}")
+    if config.profile is not None:
+        profile.window(config.profile, steps=config.steps)
 
 
 def check_generating(config: Generating) -> None:

@@ -2,21 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from experiments.image_settings import Settings
-from jaxgen import checkpoint, data, log, loop, nets, place, run, train
+from jaxgen import checkpoint, data, log, loop, nets, place, profile, run, train
 from jaxgen.typing import Batch, Params
 
 # Where a run's files are, what it runs on, and what is measured and drawn of it, do not change what it computes.
 NOT_IDENTITY = (
-    "workdir", "data_dir", "platform", "log_every", "save_every", "grid_every", "judged_steps", "features",
+    "workdir", "data_dir", "platform", "log_every", "save_every", "profile", "grid_every", "judged_steps", "features",
     "label_shares", "label_draws", "neighbours", "measured", "pgd_steps", "curve", "auto_steps", "queries",
     "defended", "purify_noise", "purify_steps", "aware_steps", "aware_draws", "smooth_noise", "smooth_draws",
 )  # fmt: skip
@@ -63,6 +63,9 @@ def trained(
     learners = [leaf for leaf in jax.tree.leaves(like, is_leaf=_is_learner) if _is_learner(leaf)]
     count = sum(leaf.size for learner in learners for leaf in jax.tree.leaves(learner.params))
     records.say(f"{count:,} parameters on {mesh.size} {mesh.devices.flat[0].platform} device(s)")
+    recorded = None
+    if config.profile is not None:
+        recorded = profile.Profile(profile.window(config.profile, steps=config.steps), f"{config.workdir}/profile")
     with checkpoint.Checkpoints(Path(config.workdir) / "checkpoints") as checkpoints:
         if (done := checkpoints.latest()) is not None:
             records.say(f"{config.workdir} holds step {done} of {config.steps}: going on from there")
@@ -77,6 +80,7 @@ def trained(
             log=records,
             log_every=config.log_every,
             every=every,
+            profile=recorded,
         )
 
 

@@ -8,7 +8,6 @@ was trained on. The features can be another network's.
 import functools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from experiments import image_data

@@ -33,16 +33,16 @@ DPM-Solver++(2M), mean and standard error over 128 new starts each of the classe
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils.epath import Path
 
 from experiments import image_diffusion, image_training
-from jaxgen import checks, cli, diffusion, images, loop, place, run, train
+from jaxgen import checks, cli, diffusion, images, loop, place, profile, run, train
 from jaxgen.diffusion.path import noise_ratio
 from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Table
 
@@ -83,6 +83,8 @@ class Config:
     """Peak learning rate of Adam; decays to 0 along a cosine."""
     seed: int = 0
     """Seed of the starts and of the order in which they are learned from."""
+    profile: str | None = None
+    """Steps to record with JAX's profiler, START:STOP as in 100:110, counted from 0."""
 
 
 SMOKE = Config(
@@ -279,12 +281,16 @@ def fit(config: Config) -> None:
             flush=True,
         )
 
+    recorded = None
+    if config.profile is not None:
+        recorded = profile.Profile(profile.window(config.profile, steps=config.steps), f"{config.out}/profile")
     state = loop.run(
         place.jit(ours, place.mesh(jax.devices()[:1])),
         starts.batch,
         key=jax.random.key(config.seed),
         steps=config.steps,
         every=[loop.Every(max(1, config.steps // 10), measure)],
+        profile=recorded,
     )
     learned = jax.tree.map(np.asarray, table(path, state.average))
     tables = {**rivals(path, n), f"learned ({n})": learned}
@@ -356,6 +362,8 @@ def _check(config: Config) -> None:
             f"`batch_size` must be at most `training_starts`, {config.training_starts}, got {config.batch_size}"
         )
     checks.positive("learning_rate", config.learning_rate)
+    if config.profile is not None:
+        profile.window(config.profile, steps=config.steps)
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ hard to beat where images are centred and of one size, and an untrained network 
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 
 from jaxgen import contrastive, data
 from jaxgen.images import save_figure

@@ -8,12 +8,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from experiments.image_settings import Settings

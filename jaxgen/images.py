@@ -7,10 +7,10 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+from etils.epath import Path
 
 from jaxgen import checks
 from jaxgen.data import to_uint8
@@ -52,7 +52,7 @@ def save_grid(path: str | os.PathLike[str], images: ArrayLike, *, columns: int, 
     factor = max(1, -(-smallest // max(grid.shape[:2])))
     picture = Image.fromarray(grid.squeeze(-1) if channels == 1 else grid)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    _write(path, lambda temporary: picture.save(temporary, format="PNG"))
+    _write(path, lambda file: picture.save(file, format="PNG"))
 
 
 def save_film(path: str | os.PathLike[str], frames: Sequence[str | os.PathLike[str]]) -> None:
@@ -71,8 +71,8 @@ def save_film(path: str | os.PathLike[str], frames: Sequence[str | os.PathLike[s
 
     pictures: list[Image.Image] = []
     for frame in frames:
-        with Image.open(frame) as file:
-            pictures.append(file.copy())
+        with Path(frame).open("rb") as file, Image.open(file) as picture:
+            pictures.append(picture.copy())
     if len({(picture.width, picture.mode) for picture in pictures}) != 1:
         found = [(picture.width, picture.mode) for picture in pictures]
         raise ValueError(f"`frames` must be at least one picture, all of one width and mode, got {found}")
@@ -81,7 +81,7 @@ def save_film(path: str | os.PathLike[str], frames: Sequence[str | os.PathLike[s
     film = Image.new(mode, (pictures[0].width, height), (96,) * len(mode))
     for i, picture in enumerate(pictures):
         film.paste(picture, (0, sum(above.height + gap for above in pictures[:i])))
-    _write(path, lambda temporary: film.save(temporary, format="PNG"))
+    _write(path, lambda file: film.save(file, format="PNG"))
 
 
 def save_curves(path: str | os.PathLike[str], records: str | os.PathLike[str], names: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ def save_figure(path: str | os.PathLike[str], figure: "Figure") -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    _write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    _write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
@@ -146,20 +146,18 @@ def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
         if array.dtype.hasobject or array.dtype.isbuiltin == 2:  # 2: registered by a library, such as ml_dtypes
             raise ValueError(f"`{name}` must be of one of NumPy's own dtypes, got {array.dtype}")
 
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **host)
-
-    _write(path, save)
+    _write(path, lambda file: np.savez_compressed(file, **host))
 
 
-def _write(path: str | os.PathLike[str], save: Callable[[Path], None]) -> None:
+def _write(path: str | os.PathLike[str], save: Callable[[IO[bytes]], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: two programs that write one file at once do not mix.
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
+        with temporary.open("wb") as file:
+            save(file)
+        temporary.replace(path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise

@@ -6,10 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import IO, Any
 
+from etils.epath import Path
+
 PLAIN_EVERY = 10.0  # seconds between lines where the output is not a terminal
+BUCKET_EVERY = 60.0  # seconds between writes where the file is in a bucket, each of which writes it all
 
 
 class Log:
@@ -18,17 +20,23 @@ class Log:
     Each line of the file is an object with "step" and the metrics, null for one that is not finite, which JSON has no
     number for. A run that is resumed takes up the file where its checkpoint stands: lines of later steps, and a line
     cut short by a kill, are dropped and will be written again.
+
+    A file in a bucket cannot be appended to. There lines are held and the whole file is written now and then, and
+    when `flush` says so.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, *, out: IO[str] | None = None) -> None:
         """Opens a log.
 
         Args:
-            path: the file of JSON lines; None for none.
+            path: the file of JSON lines, in a bucket such as gs:// as well; None for none.
             out: where progress goes, standard output by default. A terminal gets one line that is rewritten, anything
                 else plain lines.
         """
         self._path = None if path is None else Path(path)
+        self._bucket = path is not None and "://" in os.fspath(path)
+        self._whole: str | None = None  # what a file in a bucket is to hold, once that is known
+        self._held, self._flushed = False, -math.inf  # lines not in the bucket yet; when they last were
         self._out = sys.stdout if out is None else out
         self._live = self._out.isatty()
         self._first = self._first_step = self._last_plain = 0.0
@@ -39,11 +47,14 @@ class Log:
         """Says that training starts, or goes on, after ``step`` of ``steps`` steps of ``batch`` examples."""
         self._first, self._first_step, self._last_plain = time.perf_counter(), step, -math.inf
         self._steps, self._batch = steps, batch
+        self.flush()
         if self._path is not None and self._path.exists():
-            kept = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+            kept = "".join(line + "\n" for line in _read(self._path).splitlines() if _step_of(line) <= step)
             temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, self._path)
+            temporary.write_text(kept)
+            temporary.replace(self._path)
+            if self._bucket:
+                self._whole = kept
 
     def aside(self, seconds: float) -> None:
         """Says that so much time went into something else than training steps: it is not counted in their speed."""
@@ -68,11 +79,25 @@ class Log:
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """Records values of a step in the file alone."""
-        if self._path is not None:
-            line = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
-            text = json.dumps(line, allow_nan=False) + "\n"
+        if self._path is None:
+            return
+        line = {"step": step, **{name: _finite_or_none(value) for name, value in values.items()}}
+        text = json.dumps(line, allow_nan=False) + "\n"
+        if not self._bucket:
             with self._path.open("a") as file:
                 file.write(text)
+            return
+        if self._whole is None:
+            self._whole = _read(self._path) if self._path.exists() else ""
+        self._whole, self._held = self._whole + text, True
+        if time.perf_counter() - self._flushed >= BUCKET_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes lines that are held for a bucket, if there are any."""
+        if self._path is not None and self._held:
+            self._path.write_text(self._whole)
+            self._held, self._flushed = False, time.perf_counter()
 
     def say(self, text: str) -> None:
         """Prints a line of its own, below the live one."""
@@ -80,6 +105,10 @@ class Log:
             self._out.write("\n")
             self._width = 0
         print(text, file=self._out, flush=True)
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode(errors="replace")
 
 
 def _step_of(line: str) -> float:

@@ -17,6 +17,7 @@ import jax
 from jaxgen import checks
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.log import Log
+from jaxgen.profile import Profile
 from jaxgen.train import Method
 from jaxgen.typing import Batch, Key
 
@@ -56,6 +57,7 @@ def run(
     log: Log | None = None,
     log_every: int = 50,
     every: Sequence[Every] = (),
+    profile: Profile | None = None,
 ) -> Any:
     """Trains, from the last checkpoint if there is one.
 
@@ -73,6 +75,7 @@ def run(
         log_every: steps between records. Metrics are read one step late, when the device is busy with the next step, so
             that it never waits for the host.
         every: what else to do, and when.
+        profile: which steps to record, and where; None for none.
 
     Returns:
         The state after the last step.
@@ -97,10 +100,14 @@ def run(
         return state
 
     reader = _Reader(log)
-    with _signals() as received:
+    with _signals() as received, profile or contextlib.nullcontext():
         for step in range(start, steps):
+            if profile is not None:
+                profile.before(step, state)
             batch = batches(step)
-            state, metrics = method.step(state, batch, step_key)
+            # By its number a step is known in a recording.
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = method.step(state, batch, step_key)
             done = step + 1
             if step == start and log is not None:
                 # From here: the first call also compiled.
@@ -110,10 +117,13 @@ def run(
                 reader.hold(done, metrics)
             stopping = bool(received) and done < steps
             saving = checkpoints is not None and (done % save_every == 0 or done == steps or stopping)
+            recorded = profile is not None and done == profile.window.stop
             due = [task for task in every if done % task.steps == 0]
-            if due or saving:
+            if due or saving or recorded:
                 jax.block_until_ready(metrics)  # as what follows would; from here on the time is none of the training's
                 began = time.perf_counter()
+                if profile is not None and recorded:
+                    profile.stop()
                 _finite(done, metrics)  # before anything is drawn or stored of a state that is lost
                 for task in due:
                     task.call(done, state)
@@ -121,6 +131,8 @@ def run(
                     # First the record, then the checkpoint: a kill in between leaves a line to drop, not one that is
                     # missing.
                     reader.read()
+                    if log is not None:
+                        log.flush()
                     checkpoints.save(done, state)
                 if log is not None:
                     log.aside(time.perf_counter() - began)
@@ -129,6 +141,8 @@ def run(
                     checkpoints.wait()
                 raise Stopped(done, received[0])
     reader.read()
+    if log is not None:
+        log.flush()
     if checkpoints is not None:
         checkpoints.wait()
     return state

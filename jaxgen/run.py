@@ -40,7 +40,9 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / _FILE).exists():
-            strangers = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(f".{_FILE}"))
+            # A bucket has no empty directories: what was just made may not be there.
+            entries = path.iterdir() if path.exists() else ()
+            strangers = sorted(entry.name for entry in entries if not entry.name.startswith(f".{_FILE}"))
             if strangers and not (path / _FILE).exists():
                 raise ValueError(
                     f"`directory` {path} holds {strangers[:3]} and no {_FILE}: it is not the directory of a "
@@ -50,6 +52,8 @@ def claim(directory: str | os.PathLike[str], experiment: str, config: Mapping[st
             temporary = path / f".{_FILE}-{uuid.uuid4().hex}"
             temporary.write_text(text)
             temporary.replace(path / _FILE)
+    except ImportError as error:  # of what knows the bucket, by its name
+        raise ValueError(f"`directory` {path} cannot be reached: {error}") from error
     except OSError as error:
         raise OSError(error.errno, f"`directory` {path} cannot be written: {error.strerror or error}") from error
 
