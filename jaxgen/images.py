@@ -71,8 +71,8 @@ def save_film(path: str | os.PathLike[str], frames: Sequence[str | os.PathLike[s
 
     pictures: list[Image.Image] = []
     for frame in frames:
-        with Path(frame).open("rb") as file, Image.open(file) as picture:
-            pictures.append(picture.copy())
+        with Path(frame).open("rb") as file, Image.open(file) as opened:
+            pictures.append(opened.copy())
     if len({(picture.width, picture.mode) for picture in pictures}) != 1:
         found = [(picture.width, picture.mode) for picture in pictures]
         raise ValueError(f"`frames` must be at least one picture, all of one width and mode, got {found}")
@@ -150,14 +150,14 @@ def save_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
 
 
 def _write(path: str | os.PathLike[str], save: Callable[[IO[bytes]], object]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: two programs that write one file at once do not mix.
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             save(file)
-        temporary.replace(path)
+        temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
