@@ -1,4 +1,4 @@
-"""Attacks: ``python -m benchmarks attacks`` (peers: the extra ``[peers]`` and ``pip install --no-deps torchattacks``).
+"""Attacks: ``python -m benchmarks attacks`` (peers: ``[peers]``, torchattacks, adversarial-robustness-toolbox).
 
 Two pieces of work, each on one set of weights, which every side loads:
 
@@ -212,6 +212,24 @@ def torchattacks(task: str, steps: int, batch: int) -> Work:
     return Work(lambda: attack(clean, classes), outputs=lambda moved: from_torch([moved]))
 
 
+def art(task: str, steps: int, batch: int) -> Work:
+    """The PGD of the Adversarial Robustness Toolbox, which takes and returns NumPy arrays."""
+    import torch
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    (x, labels), (height, width, channels) = images(task, batch), SHAPES[task]
+    classifier = PyTorchClassifier(
+        torch_network(task), torch.nn.CrossEntropyLoss(), (channels, height, width), 10, clip_values=(0, 1),
+        device_type="cpu",
+    )  # fmt: skip
+    attack = ProjectedGradientDescentPyTorch(
+        classifier, eps=EPS, eps_step=EPS / 10, max_iter=steps, batch_size=batch, verbose=False
+    )
+    clean = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return Work(lambda: attack.generate(clean, labels), outputs=lambda moved: from_torch([moved]))
+
+
 def foolbox(task: str, steps: int, batch: int, *, framework: str) -> Work:
     """The PGD of foolbox, one radius after the other, on a PyTorch module or a jitted function."""
     import foolbox
@@ -253,6 +271,7 @@ def cases(quick: bool) -> list[Case]:
             "torch": by_hand,
             "torch-compiled": functools.partial(by_hand, compiled=True),
             "torchattacks": torchattacks,
+            "art": art,
             "foolbox-torch": _foolbox("torch"),
             "foolbox-jax": _foolbox("jax"),
         },
@@ -269,6 +288,7 @@ def cases(quick: bool) -> list[Case]:
                     "torch": ("torch",),
                     "torch-compiled": ("torch",),
                     "torchattacks": ("torch", "torchattacks"),
+                    "art": ("torch", "art"),
                     "foolbox-torch": ("torch", "foolbox"),
                     "foolbox-jax": ("jax", "foolbox"),
                 },
