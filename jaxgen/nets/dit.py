@@ -141,7 +141,7 @@ class DiT(nn.Module):
         # In float32: bfloat16 tells fewer than 400 of 1,000 steps apart, and this is one vector per image.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         times = jnp.reshape(jnp.asarray(t) * self.time_scale, -1)
-        waves = time_embedding(times, _WAVES, freq_shift=0.0, flip_sin_to_cos=True).reshape(len(t), -1)
+        waves = time_embedding(times, _WAVES, freq_shift=0.0, flip_sin_to_cos=True).reshape(jnp.shape(t)[0], -1)
         inner = nn.silu(_dense(self.features, wide, "time_0", normal(0.02))(waves))
         embedding = _dense(self.features, wide, "time_1", normal(0.02))(inner)
         if labels is not None and self.num_classes is not None:

@@ -225,7 +225,7 @@ class UNet(nn.Module):
     def _embed(self, t: Array, labels: Array | None) -> Array:
         times = jnp.reshape(jnp.asarray(t) * self.time_scale, -1)
         waves = time_embedding(times, self.channels, freq_shift=self.freq_shift, flip_sin_to_cos=self.flip_sin_to_cos)
-        waves = waves.reshape(len(t), -1).astype(self.dtype)
+        waves = waves.reshape(jnp.shape(t)[0], -1).astype(self.dtype)
         embedding = _dense(4 * self.channels, self.dtype, "time_0")(waves)
         embedding = _dense(4 * self.channels, self.dtype, "time_1")(nn.silu(embedding))
         if labels is not None and self.num_classes is not None:
