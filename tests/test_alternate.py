@@ -290,7 +290,7 @@ def agree(state, metrics, alone):
 
 @pytest.mark.parametrize("fsdp", [1, 4], ids=["data", "fsdp"])
 def test_eight_devices_under_jit(alone, fsdp, monkeypatch):
-    monkeypatch.setattr(place, "SMALLEST_SHARDED_LEAF", 64)
+    monkeypatch.setattr("jaxgen.place.rules.SMALLEST_SHARDED_LEAF", 64)
     placed = place.jit(game(microbatches=alone[2]), place.mesh(fsdp=fsdp))
     state, metrics = train_for(placed)
     kernel = state.generator.params["params"]["Dense_0"]["kernel"]

@@ -65,7 +65,7 @@ def agree(state, metrics, alone):
 
 @pytest.mark.parametrize("fsdp", [pytest.param(1, id="data", marks=pytest.mark.slow), pytest.param(4, id="fsdp")])
 def test_eight_devices_under_jit(alone, fsdp, monkeypatch):
-    monkeypatch.setattr(place, "SMALLEST_SHARDED_LEAF", 64)
+    monkeypatch.setattr("jaxgen.place.rules.SMALLEST_SHARDED_LEAF", 64)
     placed = place.jit(method(microbatches=alone[2]), place.mesh(fsdp=fsdp))
     state, metrics = train_for(placed)
     kernel = state.learner.params["params"]["down_1_block_0"]["conv_1"]["kernel"]

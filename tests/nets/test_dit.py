@@ -358,7 +358,7 @@ def method(model):
 
 
 def test_eight_devices_agree_with_one(monkeypatch):
-    monkeypatch.setattr(place, "SMALLEST_SHARDED_LEAF", 64)
+    monkeypatch.setattr("jaxgen.place.rules.SMALLEST_SHARDED_LEAF", 64)
     model = SMALL.clone(qk_norm=True, remat=jax.checkpoint_policies.nothing_saveable)
     rng = np.random.default_rng(0)
     batches = [
