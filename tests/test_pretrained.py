@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgen import diffusion, nets
 from jaxgen.pretrained import load_diffusers_unet, save_diffusers_unet
+from jaxgen.pretrained.shapes import parameters
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -259,6 +260,23 @@ def test_saved_and_loaded_is_the_same_network(fields, said, tmp_path):
     assert again == model.clone(attention=(), zero_init=True, **said)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["unet"]
     assert {path.name for path in (tmp_path / "deep" / "unet").iterdir()} == {"config.json", WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention_levels": (1,), "num_classes": 3, "in_channels": 1},
+        {"attention_levels": (0, 2), "multipliers": (1, 2, 2), "blocks": 2, "middle_attention": False},
+        {"attention_levels": (), "middle_attention": True, "scale_shift": True, "multipliers": (2, 1, 3)},
+        {"attention_levels": (), "blocks": 3, "multipliers": (1,)},
+    ],
+)
+def test_shapes_are_those_of_the_network_itself(fields):
+    channels = fields.pop("in_channels", 3)
+    network = nets.UNet(out_channels=2, channels=16, groups=8, **{"blocks": 1, "multipliers": (1, 2), **fields})
+    labels = None if network.num_classes is None else jnp.zeros(1, jnp.int32)
+    expected = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 4, 4, channels)), jnp.zeros(1), labels)
+    assert parameters(network, channels) == expected
 
 
 def test_a_configuration_may_leave_defaults_out(tmp_path):

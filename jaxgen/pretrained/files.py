@@ -39,7 +39,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
                         raise ValueError(f"the weights must be float32, float16 or bfloat16, got {dtype} for {key}")
                     if name in tensors:
                         raise ValueError(f"the weights must be given once each, got two of {name}")
-                    tensors[name] = opened.get_tensor(key).astype(np.float32)
+                    tensors[name] = opened.get_tensor(key).astype(np.float32, copy=False)
         except SafetensorError as error:
             raise ValueError(f"{directory / file} must be a whole safetensors file: {error}") from error
     return tensors

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -16,6 +16,7 @@ from jaxgen import checks, nets
 from jaxgen.pretrained.config import CLASS, OPTIONS, to_config, to_network
 from jaxgen.pretrained.files import CONFIG, WEIGHTS, read_json, read_tensors
 from jaxgen.pretrained.matching import match
+from jaxgen.pretrained.shapes import parameters
 from jaxgen.pretrained.tensors import Tensor, tensor
 from jaxgen.typing import Params
 
@@ -45,10 +46,12 @@ def load_diffusers_unet(directory: str | os.PathLike[str]) -> tuple[nets.UNet, P
     if config.get("_class_name") != CLASS:
         raise ValueError(f"{directory / CONFIG}: `_class_name` must be {CLASS!r}, got {config.get('_class_name')!r}")
     network = to_network(config)
-    tensors = _tensors(network, config.get("in_channels", OPTIONS["in_channels"].default))
+    tensors, structure = jax.tree.flatten(_tensors(network, config.get("in_channels", OPTIONS["in_channels"].default)))
     stored = read_tensors(directory)
-    match("the weights", {tensor.name: tensor.shape for tensor in jax.tree.leaves(tensors)}, stored)
-    return network, jax.tree.map(lambda tensor: jnp.asarray(tensor.to_ours(stored[tensor.name])), tensors)
+    match("the weights", {tensor.name: tensor.shape for tensor in tensors}, stored)
+    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter while it copies
+        arrays = list(pool.map(lambda tensor: np.ascontiguousarray(tensor.to_ours(stored[tensor.name])), tensors))
+    return network, jax.device_put(jax.tree.unflatten(structure, arrays))
 
 
 def save_diffusers_unet(
@@ -97,11 +100,10 @@ def save_diffusers_unet(
 
 def _tensors(network: nets.UNet, in_channels: int) -> Any:
     """The tree of the network's parameters, a Tensor in the place of each."""
-    depth = len(network.multipliers)
-    x, t = jnp.zeros((1, 2 ** (depth - 1), 2 ** (depth - 1), in_channels)), jnp.zeros(1)
-    labels = None if network.num_classes is None else jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(network.init, jax.random.key(0), x, t, labels)
-    return jax.tree.map_with_path(lambda path, leaf: tensor(_name(path), leaf.shape, depth), shapes)
+    levels = len(network.multipliers)
+    return jax.tree.map_with_path(
+        lambda path, leaf: tensor(_name(path), leaf.shape, levels), parameters(network, in_channels)
+    )
 
 
 def _name(path: Any) -> str:
