@@ -4,12 +4,13 @@ Twenty steps of DDIM of one image by the U-Net of `networks`, its weights in a f
 and sides take turns with them; what a start needs is in the operating system's memory, from one before that does not
 count. The sides:
 
-    jaxgen         JAX's persistent cache holds every program of an earlier start
-    jaxgen-cold    there is no such cache
-    diffusers      eager: nothing is compiled
+    jaxgen             JAX's persistent cache holds every program of an earlier start
+    jaxgen-exported    likewise; the sampler and its weights are a file of `jaxgen.export`, written by another process
+    jaxgen-cold        as jaxgen, without a cache
+    diffusers          eager: nothing is compiled
 
 Phases are the medians of "python" (the interpreter, NumPy and this module), "import", "load" (the weights), "trace",
-"lower", "compile", and "first": the image itself.
+"lower", "compile", and "first": the image itself, with all that is not told apart before it.
 """
 
 import collections
@@ -40,22 +41,13 @@ def jaxgen(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
     """An image by one compiled program."""
     import jax
 
-    from jaxgen import diffusion, pretrained
+    from jaxgen import pretrained
 
     ended("import")
-    module, params = pretrained.load_diffusers_unet(folder)
-    path, key = diffusion.linear_beta(), jax.random.key(0)  # nothing is drawn from the key
+    module, params = pretrained.load_diffusers_unet(folder / "weights")
     x, table = sampling.start(network, 1), sampling.table("ddim", steps)
     ended("load")
-
-    def draw(params: Any, table: Any, x: Any) -> Any:
-        def predicted(x: Any, t: Any) -> Any:
-            return module.apply(params, x, t - 1)
-
-        denoise = diffusion.denoiser(path, diffusion.noise, predicted)
-        return diffusion.sample(key, diffusion.clip_data(denoise, -1.0, 1.0), table, x)
-
-    traced = jax.jit(draw).trace(params, table, x)
+    traced = jax.jit(sampler(module)).trace(params, table, x)
     ended("trace")
     lowered = traced.lower()
     ended("lower")
@@ -64,13 +56,51 @@ def jaxgen(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
     return np.asarray(program(params, table, x))
 
 
+def sampler(module: Any) -> Callable[[Any, Any, Any], Any]:
+    """(params, table, x) -> images, by DDIM as it is published."""
+    import jax
+
+    from jaxgen import diffusion
+
+    path, key = diffusion.linear_beta(), jax.random.key(0)  # nothing is drawn from the key
+
+    def draw(params: Any, table: Any, x: Any) -> Any:
+        def predicted(x: Any, t: Any) -> Any:
+            return module.apply(params, x, t - 1)
+
+        denoise = diffusion.denoiser(path, diffusion.noise, predicted)
+        return diffusion.sample(key, diffusion.clip_data(denoise, -1.0, 1.0), table, x)
+
+    return draw
+
+
+def exported(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
+    """An image by the program of a file."""
+    from jaxgen import export
+
+    ended("import")
+    draw = export.load(folder / "sampler")
+    x, table = sampling.start(network, 1), sampling.table("ddim", steps)
+    ended("load")
+    return np.asarray(draw(table, x))
+
+
+def write_exported(network: str, steps: int, folder: Path) -> None:
+    """Writes that file."""
+    from jaxgen import export, pretrained
+
+    module, params = pretrained.load_diffusers_unet(folder / "weights")
+    table, x = sampling.table("ddim", steps), sampling.start(network, 1)
+    export.save(folder / "sampler", sampler(module), params, table, x)
+
+
 def diffusers(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarray:
     """An image by diffusers."""
     import diffusers
     import torch
 
     ended("import")
-    module = diffusers.UNet2DModel.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
+    module = diffusers.UNet2DModel.from_pretrained(folder / "weights").eval().to(memory_format=torch.channels_last)
     scheduler: Any = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=True, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     x = torch.tensor(sampling.start(network, 1).transpose(0, 3, 1, 2))
@@ -82,16 +112,20 @@ def diffusers(network: str, steps: int, folder: Path, ended: Phase) -> np.ndarra
 
 
 COMMAND = [sys.executable, "-m", "benchmarks.compilation"]
-SIDES = {"jaxgen": jaxgen, "jaxgen-cold": jaxgen, "diffusers": diffusers}
+SIDES = {"jaxgen": jaxgen, "jaxgen-exported": exported, "jaxgen-cold": jaxgen, "diffusers": diffusers}
+WARM = ("jaxgen", "jaxgen-exported")
 
 
 def main(arguments: list[str]) -> None:
-    """One start of a side; it prints a line of JSON."""
+    """One start of a side; it prints a line of JSON. Or, where no side is named, what the exported one reads."""
     ends = {"python": time.time()}
+    if len(arguments) == 3:
+        write_exported(arguments[0], int(arguments[1]), Path(arguments[2]))
+        return
     name, threads, network, steps, folder, file = arguments
     side.bind(int(threads))
-    framework = "jax" if SIDES[name] is jaxgen else "torch"
-    hits, count = {"lower": 0, "compile": 0}, _cache_hits() if framework == "jax" else lambda: 0
+    framework = "torch" if SIDES[name] is diffusers else "jax"
+    hits, count = {"load": 0}, _cache_hits() if framework == "jax" else lambda: 0
 
     def ended(phase: str) -> None:
         ends[phase], hits[phase] = time.time(), count()
@@ -99,7 +133,7 @@ def main(arguments: list[str]) -> None:
     image = SIDES[name](network, int(steps), Path(folder), ended)
     ended("first")
     np.save(file, image)
-    cached = hits["compile"] > hits["lower"]  # the sampler itself, and not some small program before it
+    cached = hits["first"] > hits["load"]  # the sampler itself, and not some small program before it
     print(json.dumps({"ends": ends, "cached": cached, **side.machine(framework)}))
 
 
@@ -128,11 +162,11 @@ def started(name: str, task: tuple[str, int], threads: int, folder: Path) -> tup
     """
     variables = {**os.environ, **dict.fromkeys(rounds.THREADS, str(threads))}
     variables.pop("JAX_COMPILATION_CACHE_DIR", None)
-    if name == "jaxgen":
+    if name in WARM:
         variables["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
         variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     file = folder / "image.npy"
-    words = [name, str(threads), *map(str, task), str(folder / "weights"), str(file)]
+    words = [name, str(threads), *map(str, task), str(folder), str(file)]
     start = time.time()
     process = subprocess.run([*COMMAND, *words], env=variables, stdout=subprocess.PIPE, text=True)
     if process.returncode:
@@ -147,9 +181,10 @@ def started(name: str, task: tuple[str, int], threads: int, folder: Path) -> tup
     return told, np.load(file)
 
 
-def write_weights(network: str, folder: Path) -> None:
-    """Writes a network as diffusers reads it."""
-    subprocess.run([sys.executable, "-m", "benchmarks.networks", network, str(folder)], check=True)
+def write_files(network: str, steps: int, folder: Path) -> None:
+    """Writes a network as diffusers reads it, and its sampler, by processes that end before any start is timed."""
+    subprocess.run([sys.executable, "-m", "benchmarks.networks", network, str(folder / "weights")], check=True)
+    subprocess.run([*COMMAND, network, str(steps), str(folder)], check=True)
 
 
 def records(options: Namespace) -> Iterator[Record]:
@@ -163,14 +198,14 @@ def records(options: Namespace) -> Iterator[Record]:
     told: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_weights(task[0], folder / "weights")
+        write_files(*task, folder)
         for name in sides:
             started(name, task, options.threads, folder)
         for order in rounds.turns(sides, repeats=options.repeats, budget=options.budget):
             images = {}
             for name in order:
                 one, images[name] = started(name, task, options.threads, folder)
-                if name == "jaxgen" and not one["cached"]:
+                if name in WARM and not one["cached"]:
                     raise rounds.RefusedError(f"{name}: its program did not come from the cache")
                 told[name].append(one)
             rounds.check_threads({name: each[-1] for name, each in told.items()}, options.threads)

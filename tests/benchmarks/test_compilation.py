@@ -53,17 +53,18 @@ def test_refused(started, name, options, reason):
         started(name, **options)
 
 
-def test_only_the_warm_side_has_a_cache(started, monkeypatch):
+def test_only_the_warm_sides_have_a_cache(started, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "the user's own")
     text = 'import os\nSEEN = os.environ.get("JAX_COMPILATION_CACHE_DIR", "none")\n' + STARTED.replace('"d"', "SEEN")
     assert started("jaxgen-cold", text=text)[0]["device"] == "none"
-    assert started("jaxgen", cached=True, text=text)[0]["device"].endswith("/cache")
+    for name in compilation.WARM:
+        assert started(name, cached=True, text=text)[0]["device"].endswith("/cache")
 
 
 def test_the_warm_side_must_come_from_the_cache(monkeypatch):
     told = {"cached": False, "seconds": 1.0, "phases": {"first": 1.0}, "device": "d", "devices": 1}
     monkeypatch.setattr(compilation, "started", lambda *_: (dict(told), np.ones(3)))
-    monkeypatch.setattr(compilation, "write_weights", lambda *_: None)
+    monkeypatch.setattr(compilation, "write_files", lambda *_: None)
     options = Namespace(quick=True, case="", against=[], threads=1, repeats=2, budget=1.0)
     with pytest.raises(rounds.RefusedError, match="its program did not come from the cache"):
         list(compilation.records(options))
@@ -75,11 +76,12 @@ def test_the_warm_side_must_come_from_the_cache(monkeypatch):
 
 @pytest.mark.slow
 def test_starts():
-    """A minute: three processes, twice each and once to begin with."""
+    """Two minutes: three sides, twice each and once to begin with."""
     options = Namespace(quick=True, case="", against=["jaxgen"], threads=1, repeats=2, budget=1e9)
-    warm, cold = compilation.records(options)
-    assert (warm.side, cold.side) == ("jaxgen", "jaxgen-cold")
+    live, exported, cold = compilation.records(options)
+    assert [record.side for record in (live, exported, cold)] == ["jaxgen", "jaxgen-exported", "jaxgen-cold"]
     assert list(cold.phases) == ["python", "import", "load", "trace", "lower", "compile", "first"]
-    assert warm.phases["compile"] < 0.5 * cold.phases["compile"]
+    assert list(exported.phases) == ["python", "import", "load", "first"]
+    assert live.phases["compile"] < 0.5 * cold.phases["compile"]
     assert cold.ratio > 1
-    assert cold.alike == 1.0
+    assert (cold.alike, exported.alike) == (1.0, 1.0)
