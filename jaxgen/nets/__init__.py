@@ -11,6 +11,7 @@ from jaxgen.nets.convolution import Conv, ConvTranspose, convolve, convolve_tran
 from jaxgen.nets.dcgan import DCGANDiscriminator, DCGANGenerator
 from jaxgen.nets.dit import DiT, DiT_B, DiT_L, DiT_S, DiT_XL
 from jaxgen.nets.embedding import LabelEmbedding, time_embedding
+from jaxgen.nets.flash import flash_attention
 from jaxgen.nets.heads import MLP
 from jaxgen.nets.inception import Inception
 from jaxgen.nets.inception_input import clean_fid_input, pytorch_fid_input, tensorflow_fid_input
@@ -59,6 +60,7 @@ __all__ = [
     "constant",
     "convolve",
     "convolve_transpose",
+    "flash_attention",
     "imagenet_stem",
     "init",
     "layer_norm",

@@ -19,6 +19,9 @@ from jaxgen.nets.initialisation import constant, variance_scaling
 from jaxgen.nets.normalisation import RMSNorm
 from jaxgen.typing import Array
 
+Attention = Callable[[Array, Array, Array], Array]
+"""Eq. 1: (query, key, value), each [batch, tokens, heads, features of a head] -> the same shape."""
+
 
 class SelfAttention(nn.Module):
     """Self-attention, Eq. 1, between linear layers.
@@ -34,12 +37,14 @@ class SelfAttention(nn.Module):
         qk_norm: whether queries and keys are divided by their root mean square, head by head.
         rotate: applied to queries and keys, [batch, tokens, heads, features / heads], such as one of ``Positions``.
         dtype: what the arithmetic is done in, normalisation and softmax excepted; parameters stay float32.
+        attention: Eq. 1, (query, key, value) -> mixed values: `flash_attention` keeps no logits on TPUs.
     """
 
     heads: int
     qk_norm: bool = False
     rotate: Callable[[Array], Array] | None = None
     dtype: Any = jnp.float32
+    attention: Attention = jax.nn.dot_product_attention
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -57,7 +62,7 @@ class SelfAttention(nn.Module):
             key = RMSNorm(dtype=self.dtype, name="key_norm")(key)
         if self.rotate is not None:
             query, key = self.rotate(query), self.rotate(key)
-        return self._dense(features, "out")(jax.nn.dot_product_attention(query, key, value).reshape(x.shape))
+        return self._dense(features, "out")(self.attention(query, key, value).reshape(x.shape))
 
     def _dense(self, features: int, name: str) -> nn.Dense:
         glorot = variance_scaling(mode="fan_avg")

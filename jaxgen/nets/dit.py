@@ -17,11 +17,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxgen import checks
-from jaxgen.nets.attention import SelfAttention
+from jaxgen.nets.attention import Attention, SelfAttention
 from jaxgen.nets.embedding import LabelEmbedding, check_labels, time_embedding
 from jaxgen.nets.initialisation import Initialiser, constant, normal, variance_scaling
 from jaxgen.nets.normalisation import layer_norm
@@ -55,12 +56,13 @@ class _Block(nn.Module):
     qk_norm: bool
     rotate: Callable[[Array], Array] | None
     dtype: Any
+    attention: Attention
 
     @nn.compact
     def __call__(self, h: Array, condition: Array) -> tuple[Array, None]:
         features = h.shape[-1]
         shift_0, scale_0, gate_0, shift_1, scale_1, gate_1 = _modulation(condition, 6, self.dtype)
-        attention = SelfAttention(self.heads, self.qk_norm, self.rotate, self.dtype, name="attention")
+        attention = SelfAttention(self.heads, self.qk_norm, self.rotate, self.dtype, self.attention, name="attention")
         h = h + gate_0 * attention(_modulated(h, shift_0, scale_0))
         inner = _dense(self.mlp_ratio * features, self.dtype, "mlp_0")(_modulated(h, shift_1, scale_1))
         return h + gate_1 * _dense(features, self.dtype, "mlp_1")(nn.gelu(inner, approximate=True)), None
@@ -96,6 +98,7 @@ class DiT(nn.Module):
         unroll: how many blocks one round of the scan runs: ``depth`` for no loop. Parameters are the same.
         dtype: what the arithmetic is done in, but for the embedding of time and class, normalisation and softmax, which
             are float32; parameters stay float32.
+        attention: of the blocks, as for `SelfAttention`: `flash_attention` keeps no logits on TPUs.
 
     >>> import jax
     >>> from jaxgen import nets
@@ -119,6 +122,7 @@ class DiT(nn.Module):
     remat: Callable[..., Any] | None = None
     unroll: int = 1
     dtype: Any = jnp.float32
+    attention: Attention = jax.nn.dot_product_attention
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array | None = None) -> Array:
@@ -163,7 +167,7 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=self.unroll,
         )
-        return scanned(self.heads, self.mlp_ratio, self.qk_norm, rotate, self.dtype, name="blocks")
+        return scanned(self.heads, self.mlp_ratio, self.qk_norm, rotate, self.dtype, self.attention, name="blocks")
 
     def _check(self, x: Array, t: Array, labels: Array | None) -> None:
         checks.floating("x", x)
