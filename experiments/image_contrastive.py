@@ -8,7 +8,7 @@ labels, by nearest neighbours, and by eye.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,10 +18,10 @@ import optax
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from experiments import image_data, image_settings, image_training, representation
+from experiments import image_data, image_settings, image_training, planned, representation
 from experiments.image_settings import Platform, Settings
 from experiments.representation import Features
-from jaxgen import checks, cli, contrastive, data, images, log, nets, place, run, train
+from jaxgen import checks, cli, contrastive, data, images, log, nets, place, plan, run, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 CURVES = ("loss", "alignment", "uniformity", "examples_per_second")
@@ -314,10 +314,28 @@ def embed(name: str, options: Embed) -> None:
     print(f"{features.shape[1]} features of {len(features)} images are in {out}")
 
 
+def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable[[], plan.Program]]:
+    """What the experiment compiles, for the command ``plan``."""
+    check(config)
+    batch, shape, _ = image_data.described(config)
+    ours = method(config, shape)
+    size = -(-ENCODED // mesh.size) * mesh.size
+    x = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+
+    def encoder() -> plan.Program:
+        params = place.state_shapes(ours, mesh).average["encoder"]
+        return plan.rows(encoder_of(config).apply, mesh, params, x, effort=effort)
+
+    return {"training step": lambda: plan.step(ours, mesh, batch, effort=effort), "encoder": encoder}
+
+
 def command_line(module: str, name: str, config: Config) -> None:
-    """An experiment's ``main``: training, ``--smoke`` and the command ``embed``."""
+    """An experiment's ``main``: training, ``--smoke`` and the commands ``embed`` and ``plan``."""
     cli.main(
         module,
         cli.Command(functools.partial(fit, name), config, smoke(config)),
-        {"embed": cli.Command(functools.partial(embed, name), Embed(config.workdir))},
+        {
+            "embed": cli.Command(functools.partial(embed, name), Embed(config.workdir)),
+            "plan": planned.command(name, programs, config, smoke(config)),
+        },
     )

@@ -58,6 +58,40 @@ def opened(config: Settings) -> Images:
     return Images(batches, len(records), (size, size, channels), records.classes["label"])
 
 
+class Described(NamedTuple):
+    """A training set that need not be there.
+
+    Attributes:
+        batch: shapes and dtypes of a batch.
+        shape: of an image.
+        classes: of the labels, a number.
+    """
+
+    batch: Batch
+    shape: tuple[int, ...]
+    classes: int
+
+
+def described(config: Settings) -> Described:
+    """What `opened` would open, without data.
+
+    Raises:
+        ValueError: there is no such data set, or its images differ in size and no ``image_size`` is set.
+    """
+    features, classes = data.described(config.dataset, data_dir=config.data_dir)
+    height, width, channels = features["image"][0]
+    if config.image_size is not None:
+        height = width = config.image_size
+    if height is None or width is None or channels is None:
+        raise ValueError(f"`image_size` must be set for {config.dataset!r}, whose images differ in size")
+    shape, size = (height, width, channels), config.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    return Described(batch, shape, classes["label"])
+
+
 def mirrored(key: Key, images: Array) -> Array:
     """Mirrors half of the images, by chance."""
     return jnp.where(coins(key, len(images), 0.5)[:, None, None, None], images[:, :, ::-1], images)

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils.epath import Path
+from jax.sharding import Mesh
 
-from experiments import image_data, image_diffusion, image_settings, image_training, robustness
+from experiments import image_data, image_diffusion, image_settings, image_training, planned, robustness
 from experiments.image_settings import Settings
 from experiments.robustness import Measured
-from jaxgen import attacks, checks, cli, data, images, log, nets, place, run, train
+from jaxgen import attacks, checks, cli, data, images, log, nets, place, plan, random, run, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 Recipe = Literal["standard", "fgsm_rs", "pgd", "trades"]
@@ -285,6 +286,35 @@ def fit(name: str, config: Config, *, denoiser: image_diffusion.Config | None = 
     say(f"{workdir} holds attacks.png, robust_curve.png, robustness.json, and for each training its checkpoints")
 
 
+def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable[[], plan.Program]]:
+    """What the experiment compiles, for the command ``plan``: its trainings, and the attack by many steps."""
+    check(config)
+    batch, shape, classes = image_data.described(config)
+    methods = {recipe: method(config, recipe, shape, classes) for recipe in config.trainings}
+    size = -(-config.measured // mesh.size) * mesh.size
+    rows = (
+        jax.eval_shape(lambda: random.example_keys(jax.random.key(0), size)),
+        jax.ShapeDtypeStruct((size, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+    )
+
+    def attack() -> plan.Program:
+        params = place.state_shapes(next(iter(methods.values())), mesh).average
+        climb = functools.partial(attacks.pgd, steps=config.pgd_steps)
+        run = robustness.judged(classifier(config, classes).apply, climb, threat_of(config))
+        return plan.rows(run, mesh, params, rows, effort=effort)
+
+    trainings = {
+        f"training step, {recipe}": functools.partial(plan.step, ours, mesh, batch, effort=effort)
+        for recipe, ours in methods.items()
+    }
+    return {**trainings, f"attack, PGD-{config.pgd_steps}": attack}
+
+
 def command_line(module: str, name: str, config: Config, *, denoiser: image_diffusion.Config | None = None) -> None:
-    """An experiment's ``main``: training and attacks, and ``--smoke``."""
-    cli.main(module, cli.Command(functools.partial(fit, name, denoiser=denoiser), config, smoke(config)))
+    """An experiment's ``main``: training and attacks, ``--smoke`` and the command ``plan``."""
+    cli.main(
+        module,
+        cli.Command(functools.partial(fit, name, denoiser=denoiser), config, smoke(config)),
+        {"plan": planned.command(name, programs, config, smoke(config))},
+    )

@@ -13,15 +13,17 @@ A recipe is a module, as `experiments.image_diffusion` is, with
 
 import functools
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from etils.epath import Path
+from jax.sharding import Mesh
 
-from experiments import image_contrastive, image_data, image_settings, image_training, judge
+from experiments import image_contrastive, image_data, image_export, image_settings, image_training, judge, planned
 from experiments.image_settings import Generating, Sample
-from jaxgen import cli, data, images, log, loop, place, run
+from jaxgen import cli, data, images, log, loop, place, plan, run
 
 FRAMES = 12  # of the film, at most
 
@@ -133,14 +135,30 @@ def draw(name: str, options: Sample, recipe: ModuleType) -> None:
     print(f"{options.count} images of the classes {sorted(set(labels.tolist()))} are in {out}")
 
 
+def programs(recipe: ModuleType, config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable[[], plan.Program]]:
+    """What a recipe compiles, for the command ``plan``."""
+    recipe.check(config)
+    batch, shape, classes = image_data.described(config)
+    ours = recipe.method(config, shape, classes)
+    samples = recipe.Samples(config, shape, classes, mesh)
+    return {
+        "training step": lambda: plan.step(ours, mesh, batch, effort=effort),
+        "sampler": lambda: samples.compiled(place.state_shapes(ours, mesh).average, samples.own(), effort),
+    }
+
+
 def command_line(module: str, name: str, config: Generating, recipe: ModuleType, **sampling: Any) -> None:
-    """An experiment's ``main``: training, ``--smoke`` and the command ``sample``, whose defaults are ``sampling``."""
+    """An experiment's ``main``: training, ``--smoke`` and commands; ``sampling`` are the defaults of ``sample``."""
     cli.main(
         module,
         cli.Command(functools.partial(fit, name, recipe=recipe), config, recipe.smoke(config)),
         {
             "sample": cli.Command(
                 functools.partial(draw, name, recipe=recipe), recipe.Sample(config.workdir, **sampling)
-            )
+            ),
+            "export": cli.Command(
+                functools.partial(image_export.write, name, recipe=recipe), image_export.Export(config.workdir)
+            ),
+            "plan": planned.command(name, functools.partial(programs, recipe), config, recipe.smoke(config)),
         },
     )

@@ -40,11 +40,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils.epath import Path
+from jax.sharding import Mesh
 
-from experiments import image_diffusion, image_training
-from jaxgen import checks, cli, diffusion, images, loop, place, profile, run, train
+from experiments import digits_diffusion, image_data, image_diffusion, image_training, planned
+from jaxgen import checks, cli, diffusion, images, loop, place, plan, profile, run, train
 from jaxgen.diffusion.path import noise_ratio
-from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Table
+from jaxgen.typing import Array, Batch, Denoiser, Key, Metrics, Params, Table
 
 EXPERIMENTS = ("digits_diffusion", "mnist_diffusion", "cifar10_diffusion")
 GRIDS = {"Karras": diffusion.karras_times, "log-SNR": diffusion.log_snr_times}
@@ -189,6 +190,10 @@ def recalled(workdir: Path) -> Model:
     config, shape, classes = image_training.recalled(workdir, image_diffusion.Config, name)
     mesh = place.mesh(jax.devices()[:1])
     params = image_training.restored(workdir, image_diffusion.method(config, shape, classes), mesh).average
+    return _model(config, shape, classes, params, mesh)
+
+
+def _model(config: image_diffusion.Config, shape: tuple[int, ...], classes: int, params: Params, mesh: Mesh) -> Model:
     samples = image_diffusion.Samples(config, shape, classes, mesh)
     any_table = samples.table("ddim", 1)  # which these denoisers do not look at
 
@@ -243,6 +248,16 @@ class Starts:
         return {"start": self.start[rows], "label": self.label[rows], "reference": self.reference[rows]}
 
 
+def _learning(config: Config, model: Model) -> train.Method:
+    return method(
+        model.path,
+        lambda batch: model.denoiser(batch["label"]),
+        dpmpp_2m_steps(model.path, diffusion.log_snr_times(model.path, config.evaluations)),
+        learning_rate=config.learning_rate,
+        steps=config.steps,
+    )
+
+
 def fit(config: Config) -> None:
     """Learns a solver, measures it beside others, and writes table.npz and solver.png.
 
@@ -265,13 +280,6 @@ def fit(config: Config) -> None:
     print(f"{len(starts.label)} references of {config.reference_steps} steps are drawn", flush=True)
 
     initial = dpmpp_2m_steps(path, diffusion.log_snr_times(path, n))
-    ours = method(
-        path,
-        lambda batch: model.denoiser(batch["label"]),
-        initial,
-        learning_rate=config.learning_rate,
-        steps=config.steps,
-    )
     curve = [(0, starts.distances(table(path, initial)).mean(axis=1))]
 
     def measure(step: int, state: Any) -> None:
@@ -285,7 +293,7 @@ def fit(config: Config) -> None:
     if config.profile is not None:
         recorded = profile.Profile(profile.window(config.profile, steps=config.steps), f"{config.out}/profile")
     state = loop.run(
-        place.jit(ours, place.mesh(jax.devices()[:1])),
+        place.jit(_learning(config, model), place.mesh(jax.devices()[:1])),
         starts.batch,
         key=jax.random.key(config.seed),
         steps=config.steps,
@@ -306,6 +314,19 @@ def fit(config: Config) -> None:
         rows[name] = starts.solve(tables[name], shown)
     draw(out / "solver.png", scores, curve, rows)
     print(f"{out} holds table.npz and solver.png")
+
+
+def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable[[], plan.Program]]:
+    """What is compiled to learn a solver for the digits' model, for the command ``plan``."""
+    _check(config)
+    theirs = digits_diffusion.CONFIG
+    _, shape, classes = image_data.described(theirs)
+    like = place.state_shapes(image_diffusion.method(theirs, shape, classes), mesh).average
+    params = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(jax.random.key(0), leaf.shape), like)  # any will do
+    ours = _learning(config, _model(theirs, shape, classes, params, mesh))
+    start = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.float32)
+    batch = {"start": start, "label": jax.ShapeDtypeStruct(start.shape[:1], jnp.int32), "reference": start}
+    return {"training step": lambda: plan.step(ours, mesh, batch, effort=effort)}
 
 
 def rivals(path: diffusion.Path, evaluations: int) -> dict[str, Table]:
@@ -368,7 +389,11 @@ def _check(config: Config) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    cli.main(__doc__, cli.Command(fit, Config(), SMOKE))
+    cli.main(
+        __doc__,
+        cli.Command(fit, Config(), SMOKE),
+        {"plan": planned.command("learned_solver", programs, Config(), SMOKE)},
+    )
 
 
 if __name__ == "__main__":

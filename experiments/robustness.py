@@ -67,6 +67,18 @@ def some(held_out: Mapping[str, np.ndarray], most: int, mesh: Mesh) -> tuple[np.
     return data.to_unit(held_out["image"][:count]), held_out["label"][:count].astype(np.int32)
 
 
+def judged(apply: Apply, attack: Any, threat: attacks.ThreatModel) -> Callable[[Params, tuple[Key, Array, Array]], Any]:
+    """An attack as a function of (params, (keys, x, labels)): the images that it makes and the logits of these."""
+
+    def run(params: Params, rows: tuple[Key, Array, Array]) -> tuple[Array, Array]:
+        keys, x, labels = rows
+        objective = attacks.cross_entropy(functools.partial(apply, params), labels)
+        moved = attack(keys, objective, x, threat)
+        return moved, objective.logits(moved)
+
+    return run
+
+
 def attacked(
     apply: Apply,
     params: Mapping[str, Params],
@@ -102,22 +114,13 @@ def attacked(
     }
     rows = (random.example_keys(jax.random.key(config.seed), len(x)), x, labels)
 
-    def judged(attack: Any) -> Any:
-        def run(params: Params, rows: tuple[Key, Array, Array]) -> tuple[Array, Array]:
-            keys, x, labels = rows
-            objective = attacks.cross_entropy(functools.partial(apply, params), labels)
-            moved = attack(keys, objective, x, threat)
-            return moved, objective.logits(moved)
-
-        return place.rows(run, mesh)
-
     def curve(shared: tuple[Params, Array], rows: tuple[Key, Array, Array]) -> Array:
         (params, radii), (keys, x, labels) = shared, rows
         objective = attacks.cross_entropy(functools.partial(apply, params), labels)
         attack = suite[f"PGD-{config.pgd_steps}"]
         return attacks.robust_curve(keys, objective, x, threat, radii, attack=attack, at_once=1).won.T
 
-    runs = {name: judged(attack) for name, attack in suite.items()}
+    runs = {name: place.rows(judged(apply, attack, threat), mesh) for name, attack in suite.items()}
     curves = place.rows(curve, mesh)
     radii = config.eps * np.asarray(config.curve, np.float32)
     scores: dict[str, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ a centre, as 99.1 % of data do; all 8 centres are reached; the model lacks 0.026
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from jaxgen import checks, cli, diffusion, images, nets, train
-from jaxgen.typing import Array, ArrayLike, Denoiser, Key, Metrics, Network, Params
+from experiments import planned
+from jaxgen import checks, cli, diffusion, images, nets, place, plan, random, train
+from jaxgen.typing import Array, ArrayLike, Denoiser, Key, Metrics, Network, Params, Table
 
 # A recipe is a path from data to noise and what the network predicts on it.
 RECIPES = {
@@ -118,23 +120,35 @@ class MLP(nn.Module):
         return nn.Dense(2)(h)
 
 
-def fit(config: Config, truth: Mixture) -> Denoiser:
-    """Trains on fresh data at every step, all steps in one compiled scan; the trained model as a denoiser."""
+def denoiser(config: Config, params: Params) -> Denoiser:
+    """The model as a denoiser."""
     path, prediction = RECIPES[config.recipe]
-    network = MLP(config.width)
+    return diffusion.denoiser(path, prediction, _net(config, params))
 
-    def net(params: Params) -> Network:
-        return lambda x, t: network.apply(params, x, t / path.t_max)  # type: ignore[return-value]
+
+def _net(config: Config, params: Params) -> Network:
+    network, (path, _) = MLP(config.width), RECIPES[config.recipe]
+    return lambda x, t: network.apply(params, x, t / path.t_max)  # type: ignore[return-value]
+
+
+def method(config: Config) -> train.Method:
+    """How the model is trained, on points [batch, 2]."""
+    path, prediction = RECIPES[config.recipe]
 
     def loss(params: Params, x0: Array, key: Key) -> tuple[Array, Metrics]:
-        return diffusion.denoising_loss(path, prediction, net(params), x0, key).mean(), {}
+        return diffusion.denoising_loss(path, prediction, _net(config, params), x0, key).mean(), {}
 
-    method = train.minimise(
+    return train.minimise(
         loss,
         optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps)),
-        lambda key: nets.init(network, key, jnp.zeros((1, 2)), jnp.zeros(1)),
+        lambda key: nets.init(MLP(config.width), key, jnp.zeros((1, 2)), jnp.zeros(1)),
         average=train.ema(0.995),
     )
+
+
+def fit(config: Config, truth: Mixture) -> Denoiser:
+    """Trains on fresh data at every step, all steps in one compiled scan; the trained model as a denoiser."""
+    ours = method(config)
 
     @jax.jit
     def trained(key: Key) -> Params:
@@ -142,12 +156,43 @@ def fit(config: Config, truth: Mixture) -> Denoiser:
 
         def step(state: Any, index: Array) -> tuple[Any, Metrics]:
             x0 = truth.draw(jax.random.fold_in(data_key, index), config.batch_size)
-            return method.step(state, x0, step_key)
+            return ours.step(state, x0, step_key)
 
-        state, _ = jax.lax.scan(step, method.init(init_key), jnp.arange(config.steps))
+        state, _ = jax.lax.scan(step, ours.init(init_key), jnp.arange(config.steps))
         return state.average
 
-    return diffusion.denoiser(path, prediction, net(trained(jax.random.key(config.seed))))
+    return denoiser(config, trained(jax.random.key(config.seed)))
+
+
+def check(config: Config) -> None:
+    """Raises ValueError where a setting is out of range."""
+    for field in ("steps", "batch_size", "width", "sample_steps", "count", "grid"):
+        checks.positive_integer(field, getattr(config, field))
+    checks.positive("learning_rate", config.learning_rate)
+
+
+def solver(config: Config) -> Table:
+    """What samples."""
+    path, _ = RECIPES[config.recipe]
+    return SOLVERS[config.solver](path, diffusion.uniform_times(path, config.sample_steps))
+
+
+def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable[[], plan.Program]]:
+    """What the experiment computes, for the command ``plan``: a step of its training, and its sampler."""
+    check(config)
+    ours, (path, _), table = method(config), RECIPES[config.recipe], solver(config)
+
+    def draw(params: Params, keys: Key) -> Array:
+        start = diffusion.prior(keys, path, path.t_max, (len(keys), 2))
+        return diffusion.sample(keys, denoiser(config, params), table, start)
+
+    def sampler() -> plan.Program:
+        count = -(-config.count // mesh.size) * mesh.size
+        keys = jax.eval_shape(lambda: random.example_keys(jax.random.key(0), count))
+        return plan.rows(draw, mesh, place.state_shapes(ours, mesh).average, keys, effort=effort)
+
+    points = jax.ShapeDtypeStruct((config.batch_size, 2), jnp.float32)
+    return {"training step": lambda: plan.step(ours, mesh, points, effort=effort), "sampler": sampler}
 
 
 def run(config: Config) -> None:
@@ -160,15 +205,13 @@ def run(config: Config) -> None:
         ValueError: a setting is out of range.
         OSError: the picture cannot be written.
     """
-    for field in ("steps", "batch_size", "width", "sample_steps", "count", "grid"):
-        checks.positive_integer(field, getattr(config, field))
-    checks.positive("learning_rate", config.learning_rate)
+    check(config)
     truth, (path, _) = mixture(config.data), RECIPES[config.recipe]
     denoise = fit(config, truth)
     start_key, data_key = jax.random.split(jax.random.key(config.seed + 1))
     data = np.asarray(truth.draw(data_key, config.count))
 
-    table = SOLVERS[config.solver](path, diffusion.uniform_times(path, config.sample_steps))
+    table = solver(config)
     start = diffusion.prior(start_key, path, path.t_max, data.shape)
     ways = np.asarray(jax.jit(lambda x: diffusion.trajectory(start_key, denoise, table, x, path=path))(start))
 
@@ -229,7 +272,7 @@ def draw(
 
 def main() -> None:
     """Runs the command line."""
-    cli.main(__doc__, cli.Command(run, Config(), SMOKE))
+    cli.main(__doc__, cli.Command(run, Config(), SMOKE), {"plan": planned.command("toy2d", programs, Config(), SMOKE)})
 
 
 if __name__ == "__main__":

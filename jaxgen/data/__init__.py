@@ -3,6 +3,7 @@
 * ``load``: a data set by name, as NumPy arrays. ``"digits"``, 1,797 real handwritten digits, needs no
   network.
 * ``source``: the records of a data set by index, for one that does not fit into memory.
+* ``described``: what records hold, of a data set that need not be there.
 * ``batches``, ``stream``: ``step -> batch``, from arrays and from a source. There is no iterator and hence no
   iterator state to save: the batch of a step is a pure function of (data, seed, step), so resuming a run is
   exact.
@@ -17,7 +18,7 @@ take seconds, and a program that prints its ``--help`` needs none of them.
 """
 
 from jaxgen.data.images import centred_square, to_uint8, to_unit, unit_images
-from jaxgen.data.records import Source, load, source
+from jaxgen.data.records import Source, described, load, source
 from jaxgen.data.steps import Batches, batches, prefetched, stream
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Source",
     "batches",
     "centred_square",
+    "described",
     "load",
     "prefetched",
     "source",

@@ -32,13 +32,7 @@ class Source(Sequence[dict[str, Any]]):
         self.name = name
         self.split = split
         self.directory = os.fspath(builder.data_dir)
-        features = {key: feature for key, feature in dict(builder.info.features).items() if _numeric(feature)}
-        # Class labels are int64 on disk; int32 is what JAX computes with.
-        self.classes = {key: f.num_classes for key, f in features.items() if hasattr(f, "num_classes")}
-        self.features = {
-            key: (tuple(feature.shape), np.dtype(np.int32 if key in self.classes else feature.np_dtype))
-            for key, feature in features.items()
-        }
+        self.features, self.classes = _described(builder)
         self._records = records
 
     def __repr__(self) -> str:
@@ -113,6 +107,28 @@ def _open(make: Callable[[], Any], name: str, split: str, download: bool) -> Sou
     return opened
 
 
+def described(
+    name: str, *, data_dir: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, tuple[tuple[Any, ...], np.dtype]], dict[str, int]]:
+    """What a data set's records hold; it need not be there, and nothing is downloaded.
+
+    Args:
+        name: as for ``source``.
+        data_dir: as for ``source``.
+
+    Returns:
+        As `Source` has them: the (shape, dtype) of each feature, and the number of classes of each label.
+
+    Raises:
+        ValueError: there is no such data set.
+
+    >>> described("digits")
+    ({'image': ((8, 8, 1), dtype('uint8')), 'label': ((), dtype('int32'))}, {'label': 10})
+    """
+    with _quiet():
+        return _described(_builder(name, data_dir)())
+
+
 def load(
     name: str, *, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = True
 ) -> dict[str, np.ndarray]:
@@ -147,6 +163,16 @@ def load(
         for key, array in arrays.items():
             array[rows.start : rows.stop] = [record[key] for record in chunk]
     return arrays
+
+
+def _described(builder: Any) -> tuple[dict[str, tuple[tuple[Any, ...], np.dtype]], dict[str, int]]:
+    features = {key: feature for key, feature in dict(builder.info.features).items() if _numeric(feature)}
+    classes = {key: feature.num_classes for key, feature in features.items() if hasattr(feature, "num_classes")}
+    # Class labels are int64 on disk; int32 is what JAX computes with.
+    return {
+        key: (tuple(feature.shape), np.dtype(np.int32 if key in classes else feature.np_dtype))
+        for key, feature in features.items()
+    }, classes
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Callable[[], Any]:

@@ -51,7 +51,7 @@ class Reading(NamedTuple):
     Attributes:
         collectives: by kind.
         traffic: bytes that pass between the memory and the cores of one device, at most: what each instruction reads
-            and writes.
+            and writes, padded to the tiles that it lies in.
         exact: whether the rounds of all loops are known; else counts and bytes are the least they can be.
         transfers: instructions that exchange data with the host, by name.
         float64: instructions that compute in float64.
@@ -221,15 +221,30 @@ def _members(attributes: str, devices: int) -> int:
 
 
 def _bytes(shape: str, *, far: bool = False) -> int:
-    """Of the arrays of a shape; of those in the chip's large memory alone if ``far``."""
+    """Of the arrays of a shape; of those in the chip's large memory alone, padded to its tiles, if ``far``."""
     total = 0.0
     for dtype, dimensions, layout in _ARRAY.findall(shape):
-        if far and "S(" in layout:  # S(1) and others are memories on the cores, or the host's
-            continue
+        lengths = [int(n.removeprefix("<=")) for n in dimensions.split(",") if n]
+        if far:
+            if "S(" in layout:  # S(1) and others are memories on the cores, or the host's
+                continue
+            lengths = _padded(lengths, layout)
         bits = re.search(r"\d+", dtype)
         size = _SIZES[dtype] if dtype in _SIZES else int(bits[0]) / 8 if bits else 0
-        total += size * math.prod(int(n.removeprefix("<=")) for n in dimensions.split(",") if n)
+        total += size * math.prod(lengths)
     return math.ceil(total)
+
+
+def _padded(lengths: list[int], layout: str) -> list[int]:
+    """The lengths in memory: of the layout {1,0:T(8,128)}, axis 1 is a multiple of 128 and axis 0 of 8."""
+    found = re.match(r"\{([\d,]*):T\(([\d,]+)\)", layout)
+    if found is None:
+        return lengths
+    lengths = list(lengths)
+    minor_first, tile = ([int(n) for n in part.split(",") if n] for part in found.groups())
+    for axis, unit in zip(minor_first, reversed(tile), strict=False):
+        lengths[axis] = -(-lengths[axis] // unit) * unit
+    return lengths
 
 
 def _traffic(each: _Instruction, around: Mapping[str, _Instruction], computations: Computations) -> int:

@@ -165,10 +165,13 @@ def _compiled(
 
 def _exceeded(message: str) -> tuple[int, int] | None:
     """The bytes that a program needs and those that there are, if that is what XLA complains of."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    size = r"([\d.]+)([KMGT]?)"
+    # What is called temporaries there has the arguments in it.
+    found = re.search(rf"Used {size} of {size} hbm|temporaries \({size}\) exceeds available HBM \({size}\)", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
-    needed, capacity = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+    parts = [part for part in found.groups() if part is not None]
+    needed, capacity = (int(float(parts[i]) * _UNITS[parts[i + 1]]) for i in (0, 2))
     return needed, capacity
 
 

@@ -42,9 +42,8 @@ def table(plan: Plan) -> str:
         f"TFLOP/s in bfloat16{f', {chip.cores} devices each' if chip.cores > 1 else ''}; fsdp {plan.fsdp}"
     )
     notes = [
-        "Compiled, not run: memory and collectives are the compiler's, times are bounds and estimates. An estimate "
-        f"takes {EFFICIENCY[0]:.0%} to {EFFICIENCY[1]:.0%} of the roofline's speed to be reached, and list prices on "
-        "demand."
+        "Compiled, not run: memory and collectives are what the compiler says, times are bounds and estimates.",
+        f"An estimate is {EFFICIENCY[0]:.0%} to {EFFICIENCY[1]:.0%} of the roofline's speed, at list prices on demand.",
     ]
     for name, program in plan.programs.items():
         if program.reading is not None and not program.reading.exact:
@@ -127,7 +126,7 @@ def _lines(program: Program, topology: Topology) -> list[tuple[str, str]]:
     lines = [
         ("fits", "yes" if program.fits else "NO"),
         ("rows, over all devices", f"{program.rows}"),
-        ("parameters", f"{program.parameters:,}"),
+        ("parameters, or numbers shared", f"{program.parameters:,}"),
         ("state, a device", f"{_size(program.state)} of {_size(program.whole)}"),
     ]
     reading = program.reading
@@ -139,15 +138,12 @@ def _lines(program: Program, topology: Topology) -> list[tuple[str, str]]:
         ("  arguments", _size(program.arguments or 0)),
         ("  results in the place of arguments", _size(program.aliased)),
         ("  temporaries", _size(program.temporaries or 0)),
-        ("operations, a device", f"{_tera(program.flops / program.devices)}"),
-        ("  by XLA, loops once", "" if program.xla_flops is None else _tera(program.xla_flops)),
+        ("operations, a device", f"{_operations(program.flops / program.devices)}"),
+        ("  by XLA's count, loops once", "" if program.xla_flops is None else _operations(program.xla_flops)),
         ("memory traffic, a device, at most", _size(reading.traffic)),
-        ("  by XLA, loops once", "" if program.xla_bytes is None else _size(program.xla_bytes)),
-    ]
-    lines += [(f"{each.kind}s", f"{each.runs} of {_size(each.bytes)}") for each in reading.collectives]
-    if not reading.collectives:
-        lines.append(("collectives", "none"))
-    lines += [
+        ("  by XLA's count, its loops once", "" if program.xla_bytes is None else _size(program.xla_bytes)),
+        ("collectives", "; ".join(f"{each.runs} {each.kind}" for each in reading.collectives) or "none"),
+        ("  of", "; ".join(_size(each.bytes) for each in reading.collectives)),
         ("exchanges with the host", str(len(reading.transfers) or "none")),
         ("float64, dynamic shapes", f"{reading.float64 or 'none'}, {reading.dynamic or 'none'}"),
     ]
@@ -181,5 +177,8 @@ def _seconds(time: float) -> str:
     return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.3g} ms" if time >= 1e-3 else f"{time * 1e6:.3g} us"
 
 
-def _tera(operations: float) -> str:
-    return f"{operations / 1e12:.3g} TFLOP" if operations >= 1e12 else f"{operations / 1e9:.3g} GFLOP"
+def _operations(number: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}FLOP"
+    return f"{number:.0f} FLOP"

@@ -73,11 +73,22 @@ def test_batches_that_do_not_divide_are_refused():
         plan.step(method(), place.mesh(), jax.ShapeDtypeStruct((12, WIDTH), jnp.float32))
 
 
-def test_what_xla_complains_of_is_read():
-    message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.51G of "
-        "15.75G hbm. Exceeded hbm capacity by 4.76G."
-    )
-    assert _exceeded(message) == (int(20.51 * 2**30), int(15.75 * 2**30))
-    assert _exceeded("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
-    assert _exceeded("INTERNAL: Mosaic failed to compile") is None
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.51G of "
+            "15.75G hbm. Exceeded hbm capacity by 4.76G.",
+            (int(20.51 * 2**30), int(15.75 * 2**30)),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.13G) "
+            "exceeds available HBM (15.75G).",
+            (int(18.13 * 2**30), int(15.75 * 2**30)),
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem.", None),
+        ("INTERNAL: Mosaic failed to compile", None),
+    ],
+)
+def test_what_xla_complains_of_is_read(message, expected):
+    assert _exceeded(message) == expected
