@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -75,7 +74,7 @@ def flash_attention(query: Array, key: Array, value: Array) -> Array:
     whole = all(x.shape[1] % _LANES == 0 for x in (query, key))
     if not (fits and whole and query.dtype in (jnp.bfloat16, jnp.float32)):
         return jax.nn.dot_product_attention(query, key, value)
-    return _bind(attend_p, query, key, value)[0]
+    return attend_p.bind(query, key, value)[0]
 
 
 def _check(query: Array, key: Array, value: Array) -> None:
@@ -162,18 +161,6 @@ def _primitive(name: str, plain: Callable[..., Any], kernel: Callable[..., Any] 
     return primitive
 
 
-def _bind(primitive: Primitive, *operands: Array) -> Sequence[Array]:
-    """Binds; inside shard_map an operand that is the same on all devices is first made varying, as lax does it."""
-    varying = [jax.typeof(operand).manual_axis_type.varying for operand in operands]
-    for_all = frozenset().union(*varying)
-    return primitive.bind(
-        *(
-            lax.pcast(operand, tuple(sorted(for_all - own)), to="varying") if for_all - own else operand
-            for operand, own in zip(operands, varying, strict=True)
-        )
-    )
-
-
 def _batched(
     primitive: Primitive, operands: Sequence[Array], at: Sequence[int | None]
 ) -> tuple[list[Array], list[int]]:
@@ -183,7 +170,7 @@ def _batched(
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, at, strict=True)
     )
-    outputs = _bind(primitive, *(x.reshape(-1, *x.shape[2:]) for x in fronted))
+    outputs = primitive.bind(*(x.reshape(-1, *x.shape[2:]) for x in fronted))
     return [x.reshape(size, -1, *x.shape[1:]) for x in outputs], [0] * len(outputs)
 
 
@@ -193,7 +180,7 @@ pull_p = _primitive("attend_pull", _pull, _pull_by_kernel)
 
 
 def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Sequence[Array], Sequence[Array]]:
-    return _bind(attend_p, *primals), _bind(push_p, *map(ad.instantiate_zeros, tangents), *primals)
+    return attend_p.bind(*primals), push_p.bind(*map(ad.instantiate_zeros, tangents), *primals)
 
 
 def _jvp_by(primitive: Primitive, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,19 +188,19 @@ def _jvp_by(primitive: Primitive, plain: Callable[..., Any]) -> Callable[..., An
 
     def rule(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Sequence[Array], Sequence[Array]]:
         dense = tuple(map(ad.instantiate_zeros, tangents))
-        return _bind(primitive, *primals), jax.jvp(plain, tuple(primals), dense)[1]
+        return primitive.bind(*primals), jax.jvp(plain, tuple(primals), dense)[1]
 
     return rule
 
 
 def _push_transpose(cotangents: Sequence[Any], *operands: Any) -> list[Array | None]:
-    pulled = _bind(pull_p, ad.instantiate_zeros(cotangents[0]), *operands[3:])
+    pulled = pull_p.bind(ad.instantiate_zeros(cotangents[0]), *operands[3:])
     linear = (ad.is_undefined_primal(operand) for operand in operands[:3])
     return [x if asked else None for x, asked in zip(pulled, linear, strict=True)] + [None] * 3
 
 
 def _pull_transpose(cotangents: Sequence[Any], _: Any, *primals: Array) -> list[Array | None]:
-    return [*_bind(push_p, *map(ad.instantiate_zeros, cotangents), *primals), None, None, None]
+    return [*push_p.bind(*map(ad.instantiate_zeros, cotangents), *primals), None, None, None]
 
 
 ad.primitive_jvps[attend_p] = _attend_jvp

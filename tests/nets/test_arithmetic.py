@@ -4,6 +4,7 @@ The same, in what a compiler makes of it for TPUs: test_tpu.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +122,22 @@ def test_no_float64_even_where_jax_allows_it(name):
         if np.dtype(np.float64) in dtypes(v for v in equation.outvars if v.aval.ndim)
     ]
     assert not wide
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_tpus_get_the_convolutions_that_jax_itself_writes(strides):
+    """Forward and both gradients: their dimension numbers are patterns that the compiler knows; CPUs get others."""
+    x, kernel = jax.ShapeDtypeStruct((2, 8, 8, 4), HALF), jax.ShapeDtypeStruct((3, 3, 4, 8), HALF)
+    jaxs = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(strides, strides), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+    def written(convolve, platform):
+        gradient = jax.jit(jax.grad(lambda x, kernel: jnp.sum(convolve(x, kernel) ** 2), argnums=(0, 1)))
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return sorted(re.findall(r"dim_numbers = (.*?), window = {(.*?)}", text))
+
+    ours = functools.partial(nets.convolve, strides=strides)
+    assert written(ours, "tpu") == written(jaxs, "tpu") != written(ours, "cpu")
+    assert len(written(ours, "tpu")) == 3
