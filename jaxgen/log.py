@@ -35,7 +35,7 @@ class Log:
         """
         self._path = None if path is None else Path(path)
         self._bucket = path is not None and "://" in os.fspath(path)
-        self._whole: str | None = None  # what a file in a bucket is to hold, once that is known
+        self._whole: str | None = None  # what a file in a bucket is to hold; None: what it does hold
         self._held, self._flushed = False, -math.inf  # lines not in the bucket yet; when they last were
         self._out = sys.stdout if out is None else out
         self._live = self._out.isatty()
@@ -53,8 +53,7 @@ class Log:
             temporary = self._path.with_name(self._path.name + ".tmp")
             temporary.write_text(kept)
             temporary.replace(self._path)
-            if self._bucket:
-                self._whole = kept
+        self._whole = None
 
     def aside(self, seconds: float) -> None:
         """Says that so much time went into something else than training steps: it is not counted in their speed."""

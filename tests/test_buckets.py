@@ -190,6 +190,14 @@ def test_a_log_goes_on_where_the_checkpoint_stands(bucket):
     assert lines(bucket) == [1, 2]
     records.record(3, {})
     assert lines(bucket) == [1, 2, 3]
+    records.record(4, {})  # held
+    records.begin(1, 100, batch=1)
+    records.flush()
+    assert lines(bucket) == [1]
+    for step in (2, 3):
+        records.record(step, {})
+    records.flush()
+    assert lines(bucket) == [1, 2, 3]
     log.Log(path, out=io.StringIO()).record(4, {})  # one that has not begun adds as well
     assert lines(bucket) == [1, 2, 3, 4]
 

@@ -69,6 +69,7 @@ def test_versions_that_do_not():
         "jaxlib is 0.10.3, and <=0.10.2,>=0.10.1 is asked for", "jaxlib is 0.10.3, and <=0.10.2,>=0.10.2 is asked for",
     ]  # fmt: skip
     assert wrong(etils="1.9") == [("etils is 1.9, and >=1.10 is asked for", 'pip install "etils[epath]>=1.10"')]
+    assert not wrong(flax="0.12.9rc1")
     assert [found for found, _ in wrong(flax="0.12.8rc1")] == ["flax is 0.12.8rc1, and >=0.12.8 is asked for"]
 
 
@@ -185,10 +186,10 @@ def test_a_directory_is_tried_and_left_as_it_was(tmp_path):
 
 
 def test_a_bucket_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(epath, "Path", lambda directory: time.sleep(2))
+    monkeypatch.setattr(epath, "Path", lambda directory: time.sleep(8))
     began = time.monotonic()
     assert doctor.find_error("gs://b/x", 0.1) == "no answer in 0.1 s"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 6
 
 
 def test_what_does_not_come_back_is_told(monkeypatch, tmp_path):
@@ -210,12 +211,17 @@ def test_what_is_installed_here_goes_together():
         ("print('noise'); print('{\"platform\": \"tpu\"}')", {"platform": "tpu"}),
         ("raise RuntimeError('TPU is taken')", "RuntimeError: TPU is taken"),
         ("raise SystemExit(3)", "exit status 3"),
-        ("import time; time.sleep(5)", "no answer in 1 s; in a slice, all workers must be asked at once"),
     ],
 )
 def test_what_jax_answers(code, wanted, monkeypatch):
     monkeypatch.setattr(doctor, "PROGRAM", code)
-    assert doctor.find_devices(1) == wanted
+    assert doctor.find_devices(60) == wanted
+
+
+def test_jax_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(doctor, "PROGRAM", "import time; time.sleep(60)")
+    wanted = "no answer in 0.5 s; in a slice, all workers must be asked at once"
+    assert doctor.find_devices(0.5) == wanted
 
 
 def test_the_command_looks_at_this_machine(tmp_path, capsys):
