@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from experiments import image_data, image_settings, image_training, planned, representation
 from experiments.image_settings import Platform, Settings
 from experiments.representation import Features
-from jaxgen import checks, cli, contrastive, data, images, log, nets, place, plan, run, train
+from jaxgen import checks, cli, contrastive, data, hosts, images, nets, place, plan, run, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 CURVES = ("loss", "alignment", "uniformity", "examples_per_second")
@@ -219,7 +219,7 @@ def encoder(
     Args:
         workdir: the run's directory.
         shape: of the images that it is wanted for.
-        mesh: where to compute.
+        mesh: of all hosts; each computes on its own devices.
         data_dir: where data sets are kept, for the training images that BatchNorm takes its statistics from.
         name: the experiment's; any by default.
 
@@ -233,7 +233,8 @@ def encoder(
     state = image_training.restored(workdir, method(config, own), mesh)
     needed = config.norm == "batch"
     training = data.load(config.dataset, split="train", data_dir=data_dir)["image"] if needed else None
-    return Encoding(config, mesh).by(state.average["encoder"], training)
+    params = place.gathered(state.average["encoder"])
+    return Encoding(config, image_training.own(mesh)).by(params, training)
 
 
 def fit(name: str, config: Config) -> None:
@@ -249,7 +250,7 @@ def fit(name: str, config: Config) -> None:
     """
     check(config)
     mesh = image_training.mesh_for(config)
-    training = image_data.opened(config)
+    training = image_data.opened(config, mesh)
     held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
     assert training.arrays is not None  # `image_size` is refused
     representation.check(config.label_shares, config.neighbours, training.examples)
@@ -259,17 +260,20 @@ def fit(name: str, config: Config) -> None:
     workdir = Path(config.workdir)
     run.claim(workdir, name, image_training.identity(config, training.shape, training.classes))
 
-    records = log.Log(workdir / "metrics.jsonl")
+    records = image_training.opened_log(workdir / "metrics.jsonl")
     records.say(f"{name}: {training.examples} images of {'x'.join(map(str, training.shape))}, labels unused")
     state = image_training.trained(config, ours, mesh, like, training.batches, records)
+    params = place.gathered(state.average["encoder"])
+    if not hosts.first():
+        return  # one host measures
     images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", CURVES)
 
     untrained = jax.jit(ours.init)(jax.random.key(config.seed)).average["encoder"]
-    encoding, seen = Encoding(config, mesh), training.arrays["image"]
+    encoding, seen = Encoding(config, image_training.own(mesh)), training.arrays["image"]
     representations = {
         "pixels": lambda x: x.reshape(len(x), -1),
         "untrained": encoding.by(untrained, seen),
-        "trained": encoding.by(state.average["encoder"], seen),
+        "trained": encoding.by(params, seen),
     }
     records.say("accuracy on held-out images of a linear classifier of")
     records.say(
@@ -307,8 +311,11 @@ def embed(name: str, options: Embed) -> None:
         raise ValueError(f"`out` must be a .npz file, got {options.out!r}")
     config, _, _ = image_training.recalled(workdir, Config, name)
     arrays = data.load(options.dataset or config.dataset, split=options.split, data_dir=options.data_dir)
+    hosts.join()
     mesh = place.mesh(place.devices(options.platform))
     encode = encoder(options.workdir, arrays["image"].shape[1:], mesh, data_dir=options.data_dir, name=name)
+    if not hosts.first():
+        return
     features = encode(data.to_unit(arrays["image"]))
     images.save_arrays(out, features=features, label=arrays["label"])
     print(f"{features.shape[1]} features of {len(features)} images are in {out}")

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.image_settings import Settings
-from jaxgen import data, random
+from jaxgen import data, place, random
 from jaxgen.typing import Array, Batch, Key
 
 AHEAD = 8  # steps whose images are decoded meanwhile, each by a thread
@@ -33,18 +34,17 @@ class Images(NamedTuple):
     arrays: Mapping[str, np.ndarray] | None = None
 
 
-def opened(config: Settings) -> Images:
-    """Opens the settings' training set, and prepares it where that has not been done."""
-    share: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def opened(config: Settings, mesh: Mesh) -> Images:
+    """Opens the settings' training set, and prepares it where that has not been done.
+
+    Args:
+        config: the settings.
+        mesh: over which batches are split: each process loads the rows that its devices hold.
+    """
     if config.image_size is None:
         arrays = data.load(config.dataset, split="train", data_dir=config.data_dir)
         shape, classes = arrays["image"].shape[1:], int(arrays["label"].max()) + 1
-        return Images(data.batches(arrays, **share), len(arrays["image"]), shape, classes, arrays)
+        return Images(_shared(data.batches, arrays, config, mesh), len(arrays["image"]), shape, classes, arrays)
 
     import grain
 
@@ -53,7 +53,7 @@ def opened(config: Settings) -> Images:
     squares = grain.MapDataset.source(records).map(
         lambda record: {"image": data.centred_square(record["image"], size), "label": record["label"]}
     )
-    batches = data.prefetched(data.stream(squares, **share), ahead=AHEAD)
+    batches = data.prefetched(_shared(data.stream, squares, config, mesh), ahead=AHEAD)
     channels = records.features["image"][0][-1]
     return Images(batches, len(records), (size, size, channels), records.classes["label"])
 
@@ -112,3 +112,15 @@ def coins(key: Key, batch: int, probability: float) -> Array:
     """One biased coin per example."""
     keys = random.example_keys(key, batch)
     return random.draw(jax.random.uniform, keys, (), jnp.float32) < probability
+
+
+def _shared(make: Callable[..., data.Batches], source: Any, config: Settings, mesh: Mesh) -> Callable[[int], Batch]:
+    """This process's rows of the batches that ``make`` makes, part by part."""
+    numbers, parts = place.share(mesh)
+    each = [
+        make(source, batch_size=config.batch_size, seed=config.seed, process_index=number, process_count=parts)
+        for number in numbers
+    ]
+    if len(each) == 1:
+        return each[0]
+    return lambda step: jax.tree.map(lambda *rows: np.concatenate(rows), *(part(step) for part in each))

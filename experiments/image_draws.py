@@ -31,7 +31,7 @@ class Draws:
         for start in range(0, len(padded), batch_size):
             keys = random.example_keys(jax.random.key(seed), batch_size, start=start)
             drawn.append(self._draw((params, how), (keys, padded[start : start + batch_size])))
-        return np.concatenate([np.asarray(part) for part in drawn])[: len(labels)]
+        return np.concatenate([place.gathered(part) for part in drawn])[: len(labels)]
 
     def compiled(self, params: Params, how: Any, effort: plan.Effort, *, batch_size: int = 100) -> plan.Program:
         """Compiles for a mesh whose devices need not be there, from the shapes of ``params``.
@@ -45,7 +45,8 @@ class Draws:
         return plan.rows(self._function, self._mesh, shared, jax.eval_shape(rows), effort=effort)
 
     def _divisible(self, batch_size: int) -> int:
-        return -(-batch_size // self._mesh.size) * self._mesh.size
+        parts = place.row_parts(self._mesh)
+        return -(-batch_size // parts) * parts
 
 
 def _is_table(leaf: Any) -> bool:

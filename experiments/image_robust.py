@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from experiments import image_data, image_diffusion, image_settings, image_training, planned, robustness
 from experiments.image_settings import Settings
 from experiments.robustness import Measured
-from jaxgen import attacks, checks, cli, data, images, log, nets, place, plan, random, run, train
+from jaxgen import attacks, checks, cli, data, hosts, images, nets, place, plan, random, run, train
 from jaxgen.typing import Array, Batch, Key, Metrics, Params
 
 Recipe = Literal["standard", "fgsm_rs", "pgd", "trades"]
@@ -226,7 +226,7 @@ def fit(name: str, config: Config, *, denoiser: image_diffusion.Config | None = 
     """
     check(config)
     mesh = image_training.mesh_for(config)
-    training = image_data.opened(config)
+    training = image_data.opened(config, mesh)
     held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
     shape, classes = training.shape, training.classes
     network = classifier(config, classes)
@@ -244,19 +244,24 @@ def fit(name: str, config: Config, *, denoiser: image_diffusion.Config | None = 
         image_diffusion.check(model)
     run.claim(workdir, name, image_training.identity(config, shape, classes))
 
-    say = log.Log(None).say
+    say = image_training.opened_log(None).say
     say(f"{name}: {training.examples} images of {'x'.join(map(str, shape))}")
 
     def trained(part: str, settings: Settings, ours: train.Method) -> Params:
         say(f"{part}:")
         (workdir / part).mkdir(exist_ok=True)
         settings = dataclasses.replace(settings, workdir=str(workdir / part))
-        records = log.Log(workdir / part / "metrics.jsonl")
+        records = image_training.opened_log(workdir / part / "metrics.jsonl")
         state = image_training.trained(settings, ours, mesh, place.state_shapes(ours, mesh), training.batches, records)
-        images.save_curves(workdir / part / "curves.png", workdir / part / "metrics.jsonl", CURVES)
-        return state.average
+        if hosts.first():
+            images.save_curves(workdir / part / "curves.png", workdir / part / "metrics.jsonl", CURVES)
+        return place.gathered(state.average)
 
     params: dict[str, Params] = {recipe: trained(recipe, config, ours) for recipe, ours in methods.items()}
+    weights = None if model is None else trained("denoiser", model, image_diffusion.method(model, shape, classes))
+    if not hosts.first():
+        return  # one host attacks
+    mesh = image_training.own(mesh)
     if config.norm == "batch":
         assert training.arrays is not None
         params = {
@@ -266,7 +271,6 @@ def fit(name: str, config: Config, *, denoiser: image_diffusion.Config | None = 
     x, labels = robustness.some(held_out, config.measured, mesh)
     say(robustness.attacked(network.apply, params, x, labels, config, threat_of(config), mesh, workdir))
     if model is not None:
-        weights = trained("denoiser", model, image_diffusion.method(model, shape, classes))
         estimate = image_diffusion.unlabelled(model, shape, classes)
         x, labels = robustness.some(held_out, config.defended, mesh)
         say(

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from experiments import image_contrastive, image_data, image_export, image_settings, image_training, judge, planned
 from experiments.image_settings import Generating, Sample
-from jaxgen import cli, data, images, log, loop, place, plan, run
+from jaxgen import cli, data, hosts, images, loop, place, plan, run
 
 FRAMES = 12  # of the film, at most
 
@@ -42,7 +42,7 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
     """
     recipe.check(config)
     mesh = image_training.mesh_for(config)
-    training = image_data.opened(config)
+    training = image_data.opened(config, mesh)
     shape, classes = training.shape, training.classes
     ours = recipe.method(config, shape, classes)
     samples = recipe.Samples(config, shape, classes, mesh)
@@ -58,6 +58,8 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
         columns = min(classes, 10)
         labels = np.tile(np.arange(columns) * classes // columns, 10)
         drawn = samples(state.average, labels, own, seed=config.seed)
+        if not hosts.first():
+            return
         images.save_grid(workdir / "samples" / f"{step:07}.png", drawn, columns=columns)
         images.save_grid(workdir / "film" / f"{step:07}.png", drawn[:columns], columns=columns)
         if step == config.steps:
@@ -69,27 +71,36 @@ def fit(name: str, config: Generating, recipe: ModuleType) -> None:
         if step < config.steps:
             picture(step, state)
 
-    records = log.Log(workdir / "metrics.jsonl")
+    records = image_training.opened_log(workdir / "metrics.jsonl")
     records.say(f"{name}: {training.examples} images of {'x'.join(map(str, shape))}")
     pictures = loop.Every(config.grid_every, in_between)
     state = image_training.trained(config, ours, mesh, like, training.batches, records, (pictures,))
     picture(config.steps, state)
+    judged = config.judged if training.arrays is not None else 0
+    labels = np.arange(judged) % classes
+    ways = {"": own, **samples.judged()} if judged else {}
+    drawn = {variant: samples(state.average, labels, how, seed=config.seed) for variant, how in ways.items()}
+    if not hosts.first():
+        return  # one host judges, with what all have drawn
     images.save_curves(workdir / "curves.png", workdir / "metrics.jsonl", recipe.CURVES)
-    if training.arrays is not None and config.judged:
+    if training.arrays is not None and judged:
         held_out = data.load(config.dataset, split="test", data_dir=config.data_dir)
         trained = judge.train_judge(
-            training.arrays, held_out, classes=classes, mesh=mesh, seed=config.seed, steps=config.judge_steps
+            training.arrays,
+            held_out,
+            classes=classes,
+            mesh=image_training.own(mesh),
+            seed=config.seed,
+            steps=config.judge_steps,
         )
-        labels = np.arange(config.judged) % classes
         real = judge.seen(features or (lambda x: trained(x)[1]), training.arrays, held_out, judged=config.judged)
         source = f"judge-{config.judge_steps}-steps-seed-{config.seed}"
         if config.features is not None:
             source = "encoder-" + re.sub(r"[|:\s]", "-", Path(config.features).name)
-        for variant, how in {"": own, **samples.judged()}.items():
+        for variant, images_of in drawn.items():
             records.say(f"samples{variant and f' of {variant}'}:")
-            drawn = samples(state.average, labels, how, seed=config.seed)
             records.say(
-                judge.report(trained, drawn, labels, real, workdir / variant, features=features, extractor=source)
+                judge.report(trained, images_of, labels, real, workdir / variant, features=features, extractor=source)
             )
     records.say(
         f"{workdir} holds samples.png, film.png, curves.png, metrics.jsonl and checkpoints. To draw more samples:\n"
@@ -122,12 +133,15 @@ def draw(name: str, options: Sample, recipe: ModuleType) -> None:
     config, shape, classes = image_training.recalled(workdir, recipe.Config, name)
     if not all(0 <= label < classes for label in options.classes):
         raise ValueError(f"`classes` must lie in [0, {classes - 1}], got {list(options.classes)}")
+    hosts.join()
     mesh = place.mesh(place.devices(options.platform))
     samples = recipe.Samples(config, shape, classes, mesh)
     how = samples.chosen(options)
     state = image_training.restored(workdir, recipe.method(config, shape, classes), mesh)
     labels = np.resize(options.classes or np.arange(classes), options.count)
     drawn = samples(state.average, labels, how, seed=options.seed, batch_size=options.batch_size)
+    if not hosts.first():
+        return
     if out.suffix == ".npz":
         images.save_arrays(out, image=drawn, label=labels)
     else:

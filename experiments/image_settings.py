@@ -23,7 +23,16 @@ class Settings:
     platform: Platform | None = None
     """Devices to run on; JAX's choice by default."""
     fsdp: int = 1
-    """Over how many devices the state is split; the batch is split over all of them in any case."""
+    """Over how many devices the state is split; the batch is split over them, too."""
+    tensor: int = 1
+    """Over how many devices each layer of a transformer is split; a divisor of its heads."""
+    coordinator: str | None = None
+    """Of several hosts, where JAX does not find out by itself (it does on Cloud TPU and under Slurm): HOST:PORT of the
+    first, on which it will serve. The run's directory must be one that all hosts share."""
+    processes: int | None = None
+    """How many hosts there are, with `coordinator`."""
+    process: int | None = None
+    """Which of them this is, from 0, with `coordinator`."""
 
     steps: int = 4000
     """Training steps."""

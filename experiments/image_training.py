@@ -1,6 +1,7 @@
 """Training on images: where a run is placed, what says that a directory is its own, and going on from a checkpoint."""
 
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,12 +12,13 @@ from etils.epath import Path
 from jax.sharding import Mesh
 
 from experiments.image_settings import Settings
-from jaxgen import checkpoint, data, log, loop, nets, place, profile, run, train
+from jaxgen import checkpoint, data, hosts, log, loop, nets, place, profile, run, train
 from jaxgen.typing import Batch, Params
 
 # Where a run's files are, what it runs on, and what is measured and drawn of it, do not change what it computes.
 NOT_IDENTITY = (
-    "workdir", "data_dir", "platform", "log_every", "save_every", "profile", "grid_every", "judged_steps", "features",
+    "workdir", "data_dir", "platform", "tensor", "coordinator", "processes", "process", "log_every", "save_every",
+    "profile", "grid_every", "judged_steps", "features",
     "label_shares", "label_draws", "neighbours", "measured", "pgd_steps", "curve", "auto_steps", "queries",
     "defended", "purify_noise", "purify_steps", "aware_steps", "aware_draws", "smooth_noise", "smooth_draws",
 )  # fmt: skip
@@ -27,17 +29,27 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def mesh_for(config: Settings) -> Mesh:
-    """The devices that the settings ask for.
+    """The devices that the settings ask for, those of all hosts; meets the other hosts if there are any.
 
     Raises:
-        ValueError: this machine has none such, there is more than one process, or the batch does not divide among them.
+        ValueError: there are none such, or the batch does not divide among them.
+        OSError: other hosts are missing.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"image experiments run on the devices of one host, got {jax.process_count()} processes")
-    mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp)
-    if config.batch_size % mesh.size:
-        raise ValueError(f"`batch_size` must divide among {mesh.size} devices, got {config.batch_size}")
+    hosts.join(config.coordinator, processes=config.processes, process=config.process)
+    mesh = place.mesh(place.devices(config.platform), fsdp=config.fsdp, tensor=config.tensor)
+    if config.batch_size % (parts := place.row_parts(mesh)):
+        raise ValueError(f"`batch_size` must divide among {parts} devices, got {config.batch_size}")
     return mesh
+
+
+def own(mesh: Mesh) -> Mesh:
+    """Those of a mesh's devices that are this host's: what one host alone measures with."""
+    return place.mesh(mesh.local_devices)
+
+
+def opened_log(path: Path | None) -> log.Log:
+    """The run's log, to a file if there is a ``path``; of several hosts the first alone tells and writes."""
+    return log.Log(path) if hosts.first() else log.Log(None, out=io.StringIO())
 
 
 def trained(
@@ -97,6 +109,8 @@ def restored(workdir: str | Path, method: train.Method, mesh: Mesh) -> Any:
 def identity(config: Settings, shape: Sequence[int], classes: int) -> dict[str, Any]:
     """What makes a run the one that it is, for `jaxgen.run.claim`."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IDENTITY}
+    # Over how many devices the state is split does not change it either: runs say 1, as those did that had no choice.
+    settings["fsdp"] = 1
     # Runs from before there was a choice do not have these.
     if settings.get("network") == "unet":
         del settings["network"], settings["dit"]

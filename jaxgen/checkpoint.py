@@ -82,6 +82,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, RuntimeError) and jax.process_count() > 1:
+            return  # another process is gone, without which no save can end
         try:
             self.close()
         except Exception as closing:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 
-from jaxgen import memory
+from jaxgen import hosts, memory
 from jaxgen.loop import Stopped
 
 
@@ -85,7 +85,15 @@ def main(
         if os.environ.get("JAXGEN_TRACEBACK"):
             raise
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        hosts.leave(2)
+    except RuntimeError as error:
+        if jax.process_count() == 1 or os.environ.get("JAXGEN_TRACEBACK"):
+            raise
+        why = str(error).splitlines()[0][:300]
+        print(
+            f"error: this is what one host sees when another is gone ({why}); start all of them again", file=sys.stderr
+        )
+        hosts.leave(1)
 
 
 def _program() -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxgen import checks
+from jaxgen import checks, hosts
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.log import Log
 from jaxgen.profile import Profile
@@ -61,7 +61,8 @@ def run(
 ) -> Any:
     """Trains, from the last checkpoint if there is one.
 
-    On SIGTERM or SIGINT the loop finishes its step, saves and raises `Stopped`; a second signal acts at once.
+    On SIGTERM or SIGINT the loop finishes its step, saves and raises `Stopped`; a second signal acts at once. Of
+    several hosts a SIGTERM to one has all stop after the same step.
 
     Args:
         method: compiled, as by `place.jit`.
@@ -115,7 +116,7 @@ def run(
             reader.read()
             if done % log_every == 0 or done == steps:
                 reader.hold(done, metrics)
-            stopping = bool(received) and done < steps
+            stopping = (bool(received) or hosts.stopping(done)) and done < steps
             saving = checkpoints is not None and (done % save_every == 0 or done == steps or stopping)
             recorded = profile is not None and done == profile.window.stop
             due = [task for task in every if done % task.steps == 0]
@@ -139,7 +140,7 @@ def run(
             if stopping:
                 if checkpoints is not None:
                     checkpoints.wait()
-                raise Stopped(done, received[0])
+                raise Stopped(done, received[0] if received else signal.SIGTERM)
     reader.read()
     if log is not None:
         log.flush()
@@ -177,8 +178,8 @@ def _finite(step: int, metrics: Any) -> dict[str, float]:
 def _signals() -> Iterator[list[int]]:
     """Collects the first SIGTERM or SIGINT; the second has its usual effect."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread only
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield received  # Python delivers signals to the main thread only; of several hosts, `hosts.stopping` tells
         return
     previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
 

@@ -14,8 +14,10 @@ FLOORS = {
     **dict.fromkeys(["typing", "checks", "random", "memory"], 0),
     **dict.fromkeys(["attacks", "contrastive", "diffusion", "gan", "metrics", "nets", "testing"], 1),
     **dict.fromkeys(["train", "averaging", "momentum", "robust"], 2),
-    **dict.fromkeys(["place", "plan"], 3),
-    **dict.fromkeys(["data", "checkpoint", "run", "log", "images", "loop", "profile", "cli", "pretrained", "export"], 4),
+    **dict.fromkeys(["place", "plan", "hosts"], 3),
+    **dict.fromkeys(
+        ["data", "checkpoint", "run", "log", "images", "loop", "profile", "cli", "pretrained", "export"], 4
+    ),
     **dict.fromkeys(["cloud", "doctor"], 4),
 }
 FAMILIES = {"attacks", "contrastive", "diffusion", "gan", "metrics", "nets"}
@@ -83,6 +85,7 @@ def publics():
         "robust",
         "place",
         "plan",
+        "hosts",
         "plan.flops",
         "plan.hlo",
         "loop",

@@ -39,7 +39,7 @@ def test_published_settings_reduced(imagenet2012, tmp_path):
     config = reduced(
         imagenet_dit, workdir=str(tmp_path / "run"), data_dir=str(imagenet2012), image_size=32, dit=transformer, fsdp=8
     )
-    opened = image_data.opened(config)
+    opened = image_data.opened(config, image_training.mesh_for(config))
     assert (opened.examples, opened.shape, opened.classes) == (8, (32, 32, 3), 1000)
     batch = opened.batches(0)
     assert sorted(batch["label"].tolist()) == [3] * 4 + [997] * 4
