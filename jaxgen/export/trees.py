@@ -94,7 +94,7 @@ def described(tree: Any) -> Any:
     if type(tree) in (tuple, list):
         return {type(tree).__name__: [described(part) for part in tree]}
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
-        return {"dict": {key: described(tree[key]) for key in sorted(tree)}}
+        return {"dict": {key: described(tree[key]) for key in tree}}
     if not jax.tree_util.all_leaves([tree]):
         raise TypeError(
             "`function` must return arrays in tuples, named tuples, lists and dicts whose keys are strings, "
