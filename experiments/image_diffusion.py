@@ -8,7 +8,7 @@ random in training, so that sampling can be guided (arXiv:2207.12598).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,13 @@ class Sample(image_settings.Sample):
     """Scale of classifier-free guidance; the run's own by default."""
 
 
+class How(NamedTuple):
+    """How images are drawn, as data: the sampler, and the scale of classifier-free guidance."""
+
+    table: Table
+    guidance: Any
+
+
 class Denoised(Draws):
     """Draws from a run's network, compiled once whatever the solver, its steps, the guidance and the seed."""
 
@@ -139,10 +146,10 @@ class Denoised(Draws):
         """Prepares to draw images of ``shape`` by ``denoiser(params, labels, table, scale of guidance)``."""
         self.path, self.denoiser, self._config = path, denoiser, config
 
-        def draw(params: Params, how: tuple[Table, Array], keys: Key, labels: Array) -> Array:
+        def draw(params: Params, how: How, keys: Key, labels: Array) -> Array:
             table, scale = how
             denoise = denoiser(params, labels, table, scale)
-            x = diffusion.prior(keys, path, jnp.asarray(table.times)[0], (len(labels), *shape))
+            x = diffusion.prior(keys, path, jnp.asarray(table.times)[0], (labels.shape[0], *shape))
             return jnp.clip(diffusion.sample(keys, denoise, table, x), -1, 1)
 
         super().__init__(draw, mesh)
@@ -151,25 +158,23 @@ class Denoised(Draws):
         """The sampler of that name."""
         raise NotImplementedError
 
-    def own(self) -> tuple[Table, np.floating]:
+    def own(self) -> How:
         """How the run draws its own samples."""
         return self._how(self.solver, self._config.sample_steps)
 
-    def judged(self) -> dict[str, tuple[Table, np.floating]]:
+    def judged(self) -> dict[str, How]:
         """What the judge measures besides: how, by a name for it."""
         return {f"{steps}_steps": self._how(self.solver, steps) for steps in self._config.judged_steps}
 
-    def chosen(self, options: Sample) -> tuple[Table, np.floating]:
+    def chosen(self, options: Sample) -> How:
         """How ``options`` have it."""
         checks.positive_integer("steps", options.steps)
         return self._how(options.solver, options.steps, options.eta, options.guidance)
 
-    def _how(
-        self, solver: str, steps: int, eta: float | None = None, guidance: float | None = None
-    ) -> tuple[Table, np.floating]:
+    def _how(self, solver: str, steps: int, eta: float | None = None, guidance: float | None = None) -> How:
         guidance = self._config.guidance if guidance is None else guidance
         checks.finite("guidance", guidance)
-        return self.table(solver, steps, eta), np.float32(guidance)
+        return How(self.table(solver, steps, eta), np.float32(guidance))
 
 
 class Samples(Denoised):

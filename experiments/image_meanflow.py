@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from experiments.image_diffusion import (
     CURVES,
     Denoised,
     Denoising,
+    How,
     Network,
     Sample,
     check,
@@ -64,7 +64,7 @@ class Samples(Denoised):
 
         super().__init__(config, PATH, denoiser, shape, mesh)
 
-    def chosen(self, options: Sample) -> tuple[Table, np.floating]:
+    def chosen(self, options: Sample) -> How:
         """How ``options`` have it, at the guidance that the network has learned."""
         learned = self._config.guidance
         if options.guidance not in (None, learned):

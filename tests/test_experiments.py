@@ -21,12 +21,13 @@ from experiments import (
     digits_diffusion,
     digits_meanflow,
     image_diffusion,
+    image_export,
     image_meanflow,
     image_run,
     image_training,
     mnist_diffusion,
 )
-from jaxgen import diffusion, place
+from jaxgen import diffusion, export, place
 from jaxgen.checkpoint import Checkpoints
 
 OPTIONS = [
@@ -122,6 +123,19 @@ def test_samples_are_functions_of_seed_index_and_class(trained):
     np.testing.assert_allclose(more[:6], image, atol=1e-5)
     other, _ = draw(trained, classes=(3, 7), seed=1)
     assert np.abs(other - image).max() > 0.1
+
+
+def test_an_exported_sampler_draws_what_the_command_draws(trained, tmp_path):
+    image, label = draw(trained, classes=(3, 7), solver="heun", steps=3, guidance=2.0, seed=5)
+    options = image_export.Export(str(trained), str(tmp_path / "sampler"), ("cpu",))
+    image_export.write("digits_diffusion", options, image_diffusion)
+    config, _, _ = image_training.recalled(trained, image_diffusion.Config, "digits_diffusion")
+    path = diffusion.edm(config.sigma_min, config.sigma_max)
+    table = diffusion.pad(diffusion.heun(path, diffusion.karras_times(path, 3)), rows=256, slots=4)
+    program = export.load(tmp_path / "sampler")
+    for count in (6, 1):
+        drawn = program(jax.random.key(5), label[:count], {"table": table, "guidance": 2.0})
+        np.testing.assert_allclose(drawn, image[:count], rtol=0, atol=1e-4)
 
 
 def test_solvers_steps_guidance_and_seeds_compile_once(trained, monkeypatch):
