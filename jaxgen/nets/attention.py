@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxgen import checks
-from jaxgen.nets.initialisation import constant, variance_scaling
+from jaxgen.nets.dense import Dense
+from jaxgen.nets.initialisation import variance_scaling
 from jaxgen.nets.normalisation import RMSNorm
 from jaxgen.typing import Array
 
@@ -64,6 +65,6 @@ class SelfAttention(nn.Module):
             query, key = self.rotate(query), self.rotate(key)
         return self._dense(features, "out")(self.attention(query, key, value).reshape(x.shape))
 
-    def _dense(self, features: int, name: str) -> nn.Dense:
+    def _dense(self, features: int, name: str) -> Dense:
         glorot = variance_scaling(mode="fan_avg")
-        return nn.Dense(features, dtype=self.dtype, kernel_init=glorot, bias_init=constant(0.0), name=name)
+        return Dense(features, dtype=self.dtype, kernel_init=glorot, name=name)

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import lax
 
 from jaxgen import checks
+from jaxgen.nets.dense import add_bias
 from jaxgen.nets.initialisation import Initialiser, constant, variance_scaling
 from jaxgen.nets.trilinear import Form, bind, forward_p, to_input_p
 from jaxgen.typing import Array
@@ -196,7 +197,7 @@ class Conv(nn.Module):
             groups=self.groups,
         )
         if self.use_bias:
-            y = y + self.param("bias", constant(0.0), (self.features,)).astype(self.dtype)
+            y = add_bias(y, self.param("bias", constant(0.0), (self.features,)))
         return y
 
 
@@ -244,7 +245,7 @@ class ConvTranspose(nn.Module):
             output_padding=self.output_padding,
         )
         if self.use_bias:
-            y = y + self.param("bias", constant(0.0), (self.features,)).astype(self.dtype)
+            y = add_bias(y, self.param("bias", constant(0.0), (self.features,)))
         return y
 
 

@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from jaxgen import checks
 from jaxgen.nets.attention import Attention, SelfAttention
+from jaxgen.nets.dense import Dense
 from jaxgen.nets.embedding import LabelEmbedding, check_labels, time_embedding
 from jaxgen.nets.initialisation import Initialiser, constant, normal, variance_scaling
 from jaxgen.nets.normalisation import layer_norm
@@ -34,8 +35,8 @@ _WAVES = 256  # features of the time's sinusoids
 _GLOROT, _ZERO = variance_scaling(mode="fan_avg"), constant(0.0)
 
 
-def _dense(features: int, dtype: Any, name: str, kernel_init: Initialiser = _GLOROT) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=_ZERO, name=name)
+def _dense(features: int, dtype: Any, name: str, kernel_init: Initialiser = _GLOROT) -> Dense:
+    return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def _modulation(condition: Array, parts: int, dtype: Any) -> list[Array]:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxgen import checks
-from jaxgen.nets.initialisation import constant, variance_scaling
+from jaxgen.nets.dense import Dense
+from jaxgen.nets.initialisation import variance_scaling
 from jaxgen.nets.normalisation import BatchNorm
 from jaxgen.typing import Array
 
@@ -66,12 +67,11 @@ class MLP(nn.Module):
         h = x
         for i, width in enumerate(self.widths):
             last = i == len(self.widths) - 1
-            h = nn.Dense(
+            h = Dense(
                 width,
                 use_bias=last or self.norm is None,
                 dtype=self.dtype,
                 kernel_init=variance_scaling(1.0 if last else 2.0),
-                bias_init=constant(0.0),
                 name=f"linear_{i}",
             )(h)
             if not last:

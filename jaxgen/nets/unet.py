@@ -23,6 +23,7 @@ from flax import linen as nn
 from jaxgen import checks
 from jaxgen import random as jaxgen_random
 from jaxgen.nets.convolution import Conv, upsample_convolve
+from jaxgen.nets.dense import Dense, add_bias
 from jaxgen.nets.embedding import LabelEmbedding, check_labels, time_embedding
 from jaxgen.nets.initialisation import Initialiser, constant, variance_scaling
 from jaxgen.nets.normalisation import GroupNorm
@@ -33,8 +34,8 @@ def _last(zero_init: bool) -> Initialiser:
     return constant(0.0) if zero_init else variance_scaling()
 
 
-def _dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=variance_scaling(), bias_init=constant(0.0), name=name)
+def _dense(features: int, dtype: Any, name: str) -> Dense:
+    return Dense(features, dtype=dtype, name=name)
 
 
 class _Block(nn.Module):
@@ -108,8 +109,8 @@ class _Upsample(nn.Module):
     def __call__(self, h: Array) -> Array:
         features = h.shape[-1]
         kernel = self.param("kernel", variance_scaling(), (3, 3, features, features)).astype(self.dtype)
-        bias = self.param("bias", constant(0.0), (features,)).astype(self.dtype)
-        return self.upsample(h.astype(self.dtype), kernel) + bias
+        y = self.upsample(h.astype(self.dtype), kernel)
+        return add_bias(y, self.param("bias", constant(0.0), (features,)))
 
 
 class UNet(nn.Module):

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jaxgen import nets, train
+from jaxgen.nets.dense import Dense
 
 HALF, SINGLE = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 IMAGES, LATENTS, TIMES = ((2, 32, 32, 3),), ((2, 16),), ((2, 32, 32, 3), (2,))
@@ -141,3 +142,15 @@ def test_tpus_get_the_convolutions_that_jax_itself_writes(strides):
     ours = functools.partial(nets.convolve, strides=strides)
     assert written(ours, "tpu") == written(jaxs, "tpu") != written(ours, "cpu")
     assert len(written(ours, "tpu")) == 3
+
+
+@pytest.mark.parametrize("layer", [nets.Conv, nets.ConvTranspose, Dense])
+def test_gradients_of_biases_are_summed_in_float32(layer):
+    """Over 16,384 pixels whose mean is a tenth of their deviation: a sum in bfloat16 has lost most of it."""
+    model, rng = layer(4, dtype=HALF), np.random.default_rng(0)
+    x = jnp.zeros((16, 32, 32, 2))
+    params = nets.init(model, jax.random.key(0), x)
+    y, pull = jax.vjp(jax.jit(model.apply), params, x)
+    cotangent = jnp.asarray(rng.normal(0.1, size=y.shape), HALF)
+    gradient = jax.jit(lambda pull, ct: pull(ct)[0]["params"]["bias"])(pull, cotangent)
+    np.testing.assert_allclose(gradient, np.asarray(cotangent, np.float64).sum((0, 1, 2)), rtol=1e-4)
