@@ -1,8 +1,11 @@
 """Meshes: which devices there are, and along which axes arrays are split over them.
 
     data     the batch is split, the state copied                         data parallel
-    fsdp     the batch is split, and so is the state, leaf by leaf        fully sharded (ZeRO-3)
+    fsdp     the batch is split, and so is the state, leaf by leaf        fully sharded (ZeRO)
     tensor   the batch is copied, the state split where a rule says so    within a layer (Megatron)
+
+What is split over "fsdp" is what lasts: a step gathers the parameters once, as it begins, and has them whole until it
+ends; the optimiser's state and averages never are.
 
 The later the axis, the more it carries, so the last is laid over the nearest neighbours. Several slices of a TPU are
 joined by the data centre's network alone: they lie along "data", outermost, which carries one sum of gradients a step.
