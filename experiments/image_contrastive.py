@@ -326,12 +326,15 @@ def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable
     check(config)
     batch, shape, _ = image_data.described(config)
     ours = method(config, shape)
-    size = -(-ENCODED // mesh.size) * mesh.size
+    size = -(-ENCODED // place.row_parts(mesh)) * place.row_parts(mesh)
     x = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
 
     def encoder() -> plan.Program:
         params = place.state_shapes(ours, mesh).average["encoder"]
-        return plan.rows(encoder_of(config).apply, mesh, params, x, effort=effort)
+        network = encoder_of(config)
+        if config.norm == "batch":
+            params = image_training.calibrated_shapes(network, params, x)
+        return plan.rows(network.apply, mesh, params, x, effort=effort)
 
     return {"training step": lambda: plan.step(ours, mesh, batch, effort=effort), "encoder": encoder}
 

@@ -295,7 +295,7 @@ def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable
     check(config)
     batch, shape, classes = image_data.described(config)
     methods = {recipe: method(config, recipe, shape, classes) for recipe in config.trainings}
-    size = -(-config.measured // mesh.size) * mesh.size
+    size = -(-config.measured // place.row_parts(mesh)) * place.row_parts(mesh)
     rows = (
         jax.eval_shape(lambda: random.example_keys(jax.random.key(0), size)),
         jax.ShapeDtypeStruct((size, *shape), jnp.float32),
@@ -304,8 +304,10 @@ def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable
 
     def attack() -> plan.Program:
         params = place.state_shapes(next(iter(methods.values())), mesh).average
-        climb = functools.partial(attacks.pgd, steps=config.pgd_steps)
-        run = robustness.judged(classifier(config, classes).apply, climb, threat_of(config))
+        network, climb = classifier(config, classes), functools.partial(attacks.pgd, steps=config.pgd_steps)
+        if config.norm == "batch":
+            params = image_training.calibrated_shapes(network, params, rows[1])
+        run = robustness.judged(network.apply, climb, threat_of(config))
         return plan.rows(run, mesh, params, rows, effort=effort)
 
     trainings = {

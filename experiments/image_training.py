@@ -160,5 +160,11 @@ def calibrated(network: nn.Module, params: Params, images: np.ndarray) -> Params
     return nets.calibrate(apply, params, parts)
 
 
+def calibrated_shapes(network: nn.Module, params: Params, images: jax.ShapeDtypeStruct) -> Params:
+    """The shapes of what `calibrated` makes of parameters of these shapes."""
+    found = jax.eval_shape(lambda params, x: nets.calibrate(network.apply, params, [x]), params, images)
+    return {**found, **params}
+
+
 def _is_learner(leaf: Any) -> bool:
     return isinstance(leaf, train.Learner)

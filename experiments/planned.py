@@ -33,6 +33,8 @@ class Planning:
     of them, v5e:1x1 for one chip."""
     effort: plan.Effort = "quick"
     """How hard the compiler tries: "full" takes many times as long, and is what will run."""
+    explain: bool = False
+    """Whether to say where each part of the state lies, and why."""
     json: str | None = None
     """File for all that was found, as JSON."""
 
@@ -68,13 +70,17 @@ def _run(name: str, programs: Programs, options: Any) -> None:
         jax.config.update("jax_platforms", "cpu")  # a TPU that happens to be there may be somebody's
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here can be kept, but not read again
     topology = plan.topology(options.topology)
-    fsdp = getattr(options, "fsdp", 1)
-    mesh = place.mesh(topology.devices, fsdp=fsdp)
+    split = {"fsdp": getattr(options, "fsdp", 1), "tensor": getattr(options, "tensor", 1)}
+    mesh = place.mesh(topology.devices, **split)
     found = {}
     for part, compiled in programs(options, mesh, options.effort).items():
         print(f"compiling for {topology.name}: {part}", file=sys.stderr, flush=True)
         found[part] = compiled()
-    planned = plan.Plan(name, topology, found, fsdp=fsdp)
+    planned = plan.Plan(name, topology, found, **split)
     print(plan.table(planned))
+    if options.explain:
+        for part, program in found.items():
+            if program.leaves:
+                print(f"\nthe state of {part}:", *program.leaves, sep="\n")
     if options.json is not None:
         Path(options.json).write_text(plan.record(planned) + "\n")

@@ -187,7 +187,7 @@ def programs(config: Any, mesh: Mesh, effort: plan.Effort) -> dict[str, Callable
         return diffusion.sample(keys, denoiser(config, params), table, start)
 
     def sampler() -> plan.Program:
-        count = -(-config.count // mesh.size) * mesh.size
+        count = -(-config.count // place.row_parts(mesh)) * place.row_parts(mesh)
         keys = jax.eval_shape(lambda: random.example_keys(jax.random.key(0), count))
         return plan.rows(draw, mesh, place.state_shapes(ours, mesh).average, keys, effort=effort)
 

@@ -20,12 +20,14 @@ class Plan:
         topology: for which.
         programs: by name, such as "training step".
         fsdp: over how many devices their state is split.
+        tensor: over how many devices their layers are split.
     """
 
     name: str
     topology: Topology
     programs: Mapping[str, Program]
     fsdp: int = 1
+    tensor: int = 1
 
 
 def table(plan: Plan) -> str:
@@ -40,6 +42,7 @@ def table(plan: Plan) -> str:
     head = (
         f"{plan.name} on {topology.name}: {topology.chips} chip(s) of {_size(chip.hbm)} and {chip.flops / 1e12:g} "
         f"TFLOP/s in bfloat16{f', {chip.cores} devices each' if chip.cores > 1 else ''}; fsdp {plan.fsdp}"
+        f"{f', tensor {plan.tensor}' if plan.tensor > 1 else ''}"
     )
     notes = [
         "Compiled, not run: memory and collectives are what the compiler says, times are bounds and estimates.",
@@ -48,7 +51,7 @@ def table(plan: Plan) -> str:
     for name, program in plan.programs.items():
         if program.reading is not None and not program.reading.exact:
             notes.append(f"{name}: a loop's rounds are not known; counts and times are the least they can be.")
-        notes += [f"{name} does not fit: {remedy}" for remedy in remedies(program, plan.fsdp)]
+        notes += [f"{name} does not fit: {remedy}" for remedy in remedies(program, plan.fsdp, tensor=plan.tensor)]
     return "\n".join([head, "", *lines, "", *notes])
 
 
@@ -66,26 +69,28 @@ def record(plan: Plan) -> str:
         if (roof := roofline(program, topology)) is not None:
             fields["roofline"] = roof._asdict() | {"bound": roof.bound}
             fields["estimate"] = estimate(roof, topology, rows=program.rows)._asdict() | {"efficiency": EFFICIENCY}
-        programs[name] = fields | {"remedies": remedies(program, plan.fsdp)}
+        programs[name] = fields | {"remedies": remedies(program, plan.fsdp, tensor=plan.tensor)}
     whole = {
         "name": plan.name,
         "topology": topology.name,
         "chips": topology.chips,
         "chip": chip,
         "fsdp": plan.fsdp,
+        "tensor": plan.tensor,
         "programs": programs,
     }
     return json.dumps(whole, indent=2)
 
 
-def remedies(program: Program, fsdp: int) -> list[str]:
+def remedies(program: Program, fsdp: int, *, tensor: int = 1) -> list[str]:
     """What makes a program fit that does not, by this model of a device's memory.
 
-        needed = (state + gradients) / fsdp + activations / (devices x microbatches)
+        needed = (state + gradients) / (fsdp x tensor) + activations / (devices x microbatches)
 
     Args:
         program: as compiled.
         fsdp: over how many devices its state is split.
+        tensor: over how many devices its layers are split.
 
     Returns:
         A sentence for each remedy; none if it fits.
@@ -93,7 +98,7 @@ def remedies(program: Program, fsdp: int) -> list[str]:
     if program.fits or program.capacity is None:
         return []
     held, capacity, devices = program.whole + program.gradients, program.capacity, program.devices
-    kept = program.state + program.gradients / fsdp
+    kept = program.state + program.gradients / (fsdp * tensor)
     each = max(program.peak - kept, 0.0)  # of activations, on a device
     activations = each * devices
     found = [
@@ -101,21 +106,31 @@ def remedies(program: Program, fsdp: int) -> list[str]:
         f"{_size(each)} of activations"
     ]
     if kept < capacity:
-        more = 2 ** math.ceil(math.log2(activations / (capacity - kept)))
-        if more <= program.rows:
+        more = _slices(activations / (capacity - kept))
+        if devices < more <= program.rows:
             found.append(f"{more} devices instead of {devices} hold it, {more - devices} more")
-    parts = [n for n in range(fsdp + 1, devices + 1) if devices % n == 0 and held / n + each <= capacity]
+    most = devices // tensor
+    parts = [n for n in range(fsdp + 1, most + 1) if most % n == 0 and held / (n * tensor) + each <= capacity]
     if parts:
-        found.append(f"fsdp={parts[0]} instead of {fsdp} makes room, {_size(held / parts[0])} of state and gradients")
-    shares = [n for n in _divisors(program.rows // devices) if kept + each / n <= capacity]
+        found.append(
+            f"fsdp={parts[0]} instead of {fsdp} makes room, {_size(held / (parts[0] * tensor))} of state and gradients"
+        )
+    shares = [n for n in _divisors(program.rows // most) if kept + each / n <= capacity]
     if program.gradients and shares:
         found.append(f"microbatches={shares[0]} makes room, {_size(each / shares[0])} of activations")
+    if len(found) == 1 and (more := _slices((held + activations) / capacity)) <= program.rows:
+        found.append(f"{more} devices with fsdp={more} hold it")
     if each > capacity / 2:
         found.append(
             "recomputing activations (remat) makes room if it leaves at most "
             f"{_size(max(capacity - kept, 0.0))} of the {_size(each)}"
         )
     return found
+
+
+def _slices(devices: float) -> int:
+    """So many devices at least, as slices have them: a power of two."""
+    return 2 ** math.ceil(math.log2(max(devices, 1.0)))
 
 
 def _divisors(number: int) -> list[int]:

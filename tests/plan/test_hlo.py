@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxgen.plan import hlo
+from jaxgen.plan import hlo, instructions
 
 KILO = 4 * 1024  # bytes of 1,024 numbers in float32
 
@@ -100,7 +100,103 @@ def test_traffic_is_that_of_the_large_memory_alone():
      ("f8e4m3fn[10]", 10), ("f32[]", 4), ("f32[<=3]", 12)],
 )  # fmt: skip
 def test_bytes(shape, expected):
-    assert hlo._bytes(shape) == expected
+    assert instructions.size(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("f32[16,8,8,32]{3,0,2,1:T(8,128)}", 4 * 16 * 8 * 8 * 128),  # 32 channels take the room of 128
+        ("f32[16,8,8,32]{0,3,2,1:T(8,128)}", 4 * 128 * 8 * 8 * 32),
+        ("bf16[5,130]{1,0:T(8,128)(2,1)}", 2 * 8 * 256),
+        ("f32[100]{0:T(1024)}", 4 * 1024),
+        ("f32[5,130]{1,0}", 4 * 5 * 130),
+        ("f32[]{:T(128)}", 4),
+        ("f32[5,130]{1,0:T(8,128)S(1)}", 0),
+    ],
+)
+def test_bytes_in_the_large_memory_are_those_of_tiles(shape, expected):
+    assert instructions.size(shape, far=True) == expected
+
+
+SLICES = """HloModule slices, num_partitions=8
+
+%inner (p0: f32[6,1024], p1: s32[]) -> f32[1024] {
+  %p0 = f32[6,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %slice = f32[1,1024]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,1024}
+  ROOT %flat = f32[1024]{0} bitcast(%slice)
+}
+
+%outer (q0: f32[6,1024], q1: s32[]) -> f32[1024] {
+  %q0 = f32[6,1024]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %same = f32[6,1024]{1,0} bitcast(%q0)
+  %picked = f32[1024]{0} fusion(%same, %q1), kind=kLoop, calls=%inner
+  ROOT %double = f32[1024]{0} add(%picked, %picked)
+}
+
+%update (r0: f32[6,1024], r1: f32[1024], r2: s32[]) -> (f32[6,1024], f32[1024]) {
+  %r0 = f32[6,1024]{1,0} parameter(0)
+  %r1 = f32[1024]{0} parameter(1)
+  %r2 = s32[] parameter(2)
+  %row = f32[1,1024]{1,0} bitcast(%r1)
+  %put = f32[6,1024]{1,0} dynamic-update-slice(%r0, %row, %r2, %r2)
+  %negative = f32[1024]{0} negate(%r1)
+  ROOT %both = (f32[6,1024]{1,0}, f32[1024]{0}) tuple(%put, %negative)
+}
+
+%cheap (c: f32[1024]) -> f32[1024] {
+  ROOT %c = f32[1024]{0} parameter(0)
+}
+
+%dear (d: f32[1024]) -> f32[1024] {
+  %d = f32[1024]{0} parameter(0)
+  ROOT %there = f32[1024]{0} collective-permute(%d), channel_id=1, source_target_pairs={{0,1}}
+}
+
+ENTRY %main (stack: f32[6,1024], i: s32[]) -> f32[1024] {
+  %stack = f32[6,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  LINE
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ROOT %a = f32[1024]{0} fusion(%stack, %i), kind=kLoop, calls=%outer", 2 * KILO + 4),
+        ("%x = f32[1024]{0} iota()\n  ROOT %b = (f32[6,1024]{1,0}, f32[1024]{0}) fusion(%stack, %x, %i), kind=kLoop, "
+         "calls=%update", 3 * KILO + 4),
+        ("ROOT %c = f32[1,1024]{1,0} dynamic-slice(%stack, %i, %i), dynamic_slice_sizes={1,1024}", 2 * KILO + 4),
+        ("%y = f32[1,1024]{1,0} iota()\n  ROOT %d = f32[6,1024]{1,0} dynamic-update-slice(%stack, %y, %i, %i)",
+         2 * KILO + 4),
+        ("ROOT %e = f32[6,1024]{1,0} negate(%stack)", 12 * KILO),
+        ("%z = f32[1024]{0} iota()\n  ROOT %f = f32[1024]{0} conditional(%i, %z, %z), branch_computations={%cheap, %dear}",
+         2 * KILO),
+    ],
+)  # fmt: skip
+def test_traffic_of_slices_of_updates_and_of_choices(line, expected):
+    assert hlo.read(SLICES.replace("LINE", line)).traffic == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", 2),
+        ("replica_groups={}", 8),
+    ],
+)
+def test_groups_of_devices_in_all_their_notations(groups, members):
+    line = f"%z = f32[1024]{{0}} iota()\n  ROOT %r = f32[1024]{{0}} all-gather(%z), channel_id=1, {groups}, dimensions={{0}}"
+    (found,) = hlo.read(SLICES.replace("LINE", line)).collectives
+    assert found.bytes == members * KILO
 
 
 def mesh():

@@ -68,6 +68,24 @@ def test_rows_are_split_and_what_is_shared_lies_where_it_lies():
     assert {each.kind for each in program.reading.collectives} == {"all-gather"}
 
 
+@pytest.mark.usefixtures("libtpu")
+def test_on_tpus_the_traffic_is_what_xla_counts():
+    """Of a program without loops, in which XLA misses nothing."""
+    program = plan.step(method(), place.mesh(plan.topology("v5e:2x2").devices), BATCH)
+    assert program.reading.traffic == pytest.approx(program.xla_bytes, rel=0.15)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_batch_that_is_too_large_does_not_fit():
+    program = plan.step(
+        method(), place.mesh(plan.topology("v5e:1x1").devices), jax.ShapeDtypeStruct((2**25, WIDTH), jnp.float32)
+    )
+    assert not program.fits
+    assert program.peak > program.capacity > 15 * 2**30
+    assert program.peak == pytest.approx(2**25 * WIDTH * 4, rel=3)
+    assert plan.remedies(program, 1)
+
+
 def test_batches_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="must divide among 8 devices"):
         plan.step(method(), place.mesh(), jax.ShapeDtypeStruct((12, WIDTH), jnp.float32))

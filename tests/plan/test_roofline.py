@@ -84,12 +84,26 @@ def test_many_activations_are_spread():
     assert any("remat" in line and "at most 13.0 GiB of the 18.6 GiB" in line for line in said)
 
 
+def test_where_nothing_alone_helps_devices_and_a_split_do():
+    # 20 GB of state and gradients and 24 GB of activations a device: 192 + 20 GB on devices of 16
+    said = plan.remedies(too_large(44 * 10**9, state=16 * 10**9, whole=16 * 10**9), 1)
+    assert any(line == "16 devices with fsdp=16 hold it" for line in said)
+    assert not any("makes room, " in line or "more" in line.split() for line in said)
+
+
+def test_layers_that_are_split_count():
+    # 32 GB over tensor=2 are 16; over fsdp=2 besides they are 8 and leave room for 3 GB
+    program = too_large(19 * 10**9, state=12 * 10**9, whole=24 * 10**9, gradients=8 * 10**9)
+    said = plan.remedies(program, 1, tensor=2)
+    assert any(line.startswith("fsdp=2 instead of 1 makes room, 7.5 GiB") for line in said)
+
+
 def test_a_table_and_a_record_have_all_programs():
     programs = {"training step": program(), "sampler": too_large(22 * 10**9)}
     planned = plan.Plan("some_experiment", SLICE, programs, fsdp=1)
     table = plan.table(planned)
     for words in (
-        "some_experiment on v0:4x2: 8 chip(s) of 16.0 GiB and 100 TFLOP/s", "fits ", "NO", "all-reduces", "bound by",
+        "some_experiment on v0:4x2: 8 chip(s) of 16.0 GiB and 100 TFLOP/s", "fits ", "NO", "1 all-reduce", "bound by",
         "compute", "estimate: rows a second", "sampler does not fit: it needs 20.5 GiB of 14.9 GiB",
         "Compiled, not run", "20% to 60%",
     ):  # fmt: skip
