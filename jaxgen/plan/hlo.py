@@ -26,6 +26,8 @@ COLLECTIVES = (
     "collective-broadcast",
 )  # fmt: skip
 TRANSFERS = ("infeed", "outfeed", "send", "recv")
+BETWEEN_SLICES = "send between slices"
+"""The kind of collective that a slice's hosts pass on to other slices, over the data centre's network."""
 
 
 class Collective(NamedTuple):
@@ -98,7 +100,11 @@ def read(text: str) -> Reading:
         ),
         cost.traffic,
         cost.exact,
-        tuple(each.name for each in everything if each.opcode in TRANSFERS or _is_callback(each)),
+        tuple(
+            each.name
+            for each in everything
+            if _is_callback(each) or (each.opcode in TRANSFERS and not _is_between_slices(each))
+        ),
         sum("f64[" in each.shape or "c128[" in each.shape for each in everything),
         sum("<=" in each.shape for each in everything),
         len(re.findall(r"-alias\)", header)),
@@ -120,6 +126,9 @@ def _cost(
         total += traffic(each, instructions, computations)
         if (kind := each.opcode.removesuffix("-start")) in COLLECTIVES:
             add(kind, (1, *_size(each, instructions, devices)))
+        if each.opcode == "send" and _is_between_slices(each):
+            held = size(instructions[each.operands[0]].shape)
+            add(BETWEEN_SLICES, (1, held, held))
         rounds = 1
         if each.opcode == "while":
             known = _rounds(each, computations)
@@ -150,6 +159,10 @@ def _rounds(loop: Instruction, computations: Computations) -> int | None:
         if each.opcode == "constant" and re.match(r"[su]\d+\[\]", each.shape)
     ]
     return limits[0] if below and len(limits) == 1 else None
+
+
+def _is_between_slices(each: Instruction) -> bool:
+    return "xla_megascale" in each.attributes
 
 
 def _is_callback(each: Instruction) -> bool:

@@ -112,7 +112,12 @@ def test_one_chip_and_two_slices(topology):
     program = programs(config, place.mesh(where.devices), "quick")["training step"]()
     assert program.fits
     assert program.devices == len(where.devices)
-    if where.slices == 1:
+    assert program.reading.transfers == ()
+    if where.slices == 2:
+        kinds = {each.kind: each for each in program.reading.collectives}
+        assert set(kinds) == {"all-reduce", plan.hlo.BETWEEN_SLICES}
+        assert plan.roofline(program, where).interconnect is None
+    else:
         assert program.reading.collectives == ()
         assert plan.roofline(program, where).interconnect == 0
 

@@ -87,6 +87,19 @@ def test_aliases_transfers_dtypes_and_shapes():
     assert (reading.transfers, reading.float64, reading.dynamic) == (("sent", "called"), 1, 1)
 
 
+def test_what_hosts_pass_between_slices_is_a_collective():
+    handler = ', is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    lines = (
+        "  %token = token[] after-all()\n"
+        f"  %sent = (f32[1024]{{0}}, u32[], token[]) send(%y, %token), channel_id=8{handler}\n"
+        f"  %got = (f32[1024]{{0}}, u32[], token[]) recv(%token), channel_id=9{handler}\n"
+        "  ROOT %sum.1"
+    )
+    reading = hlo.read(text().replace("  ROOT %sum.1", lines))
+    assert reading.transfers == ()
+    assert (hlo.BETWEEN_SLICES, 1, KILO, KILO) in reading.collectives
+
+
 def test_traffic_is_that_of_the_large_memory_alone():
     # 7 all-reduces read and write, the gather reads 1 and writes 1 + 8 (its start has both), the permute and the sum.
     assert hlo.read(text()).traffic == pytest.approx((7 * 2 + 10 + 2 + 3) * KILO + 7 * 12)
@@ -147,7 +160,8 @@ SLICES = """HloModule slices, num_partitions=8
 }
 
 %cheap (c: f32[1024]) -> f32[1024] {
-  ROOT %c = f32[1024]{0} parameter(0)
+  %c = f32[1024]{0} parameter(0)
+  ROOT %half = f32[512]{0} slice(%c), slice={[0:512]}
 }
 
 %dear (d: f32[1024]) -> f32[1024] {
