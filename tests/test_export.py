@@ -1,5 +1,6 @@
 """Functions in files: the same numbers in a process without their code, and nothing that does not fit goes by."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -308,6 +309,19 @@ def test_a_flipped_bit_anywhere_is_found(place, saved, tmp_path):
     (tmp_path / "damaged").write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged must be a whole file of `jaxgen.export.save`: it is damaged, or"):
         export.load(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 99])
+def test_the_checksum_is_of_all_pieces_however_they_come(length, monkeypatch):
+    monkeypatch.setattr(export_file, "_PIECE", 16)
+    content = np.random.default_rng(length).bytes(length)
+    digests = b"".join(hashlib.sha256(content[i : i + 16]).digest() for i in range(0, length, 16))
+    assert export_file._digest(memoryview(content)) == hashlib.sha256(digests).digest()
+    for part in (1, 7, 16, 31, 48, 99):
+        digest = export_file._Digest()
+        for start in range(0, length, part):
+            digest.update(content[start : start + part])
+        assert digest.whole() == hashlib.sha256(digests).digest()
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\x80\x04K*." * 99, None, "cut", "more"])
