@@ -1,11 +1,9 @@
 """Saving a function, and what it is once it is loaded."""
 
-import importlib
 import inspect
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -168,8 +166,6 @@ def load(file: str | os.PathLike[str], *, platform: str | None = None) -> Progra
         ValueError: it is damaged, not one of `save`, not for the platform, or of a version of JAX that this one cannot
             read. The message names the file.
     """
-    # JAX asks for SciPy's LAPACK when it first calls what was exported, whatever it is: a tenth of a second, meanwhile.
-    threading.Thread(target=importlib.import_module, args=("scipy.linalg",), daemon=True).start()
     arrays, metadata = read(file)
     words = json.loads(metadata.get(_METADATA, "{}"))
     if words.get("format") != _FORMAT:
