@@ -39,9 +39,9 @@ def together(*words):
     return [start(*words, coordinator, 2, process) for process in range(2)]
 
 
-def finished(process):
+def finished(process, timeout=120):
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -148,3 +148,36 @@ def test_a_sigterm_to_one_host_has_all_stop_after_the_same_step(tmp_path):
 def test_bad_input_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         hosts.join(**options)
+
+
+@pytest.mark.slow
+def test_an_experiment_on_two_hosts_is_that_of_one(tmp_path):
+    """Trains, loses a host, goes on, draws and judges; the state is split over both hosts."""
+    options = ["--smoke", "--network", "dit", "--steps", 60, "--save-every", 20, "--log-every", 5, "--grid-every", 1000]
+    options += ["--judge-steps", 1]
+
+    def run(name, *more, **settings):
+        return start("-m", "experiments.digits_diffusion", *options, "--workdir", tmp_path / name, *more, **settings)
+
+    def on_two(name):
+        where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--fsdp", 4]
+        return [run(name, *where, "--process", process, devices=2) for process in range(2)]
+
+    for process in [run("one", devices=4), *on_two("two")]:
+        code, _, err = finished(process)
+        assert code == 0, err
+    first, second = on_two("lost")
+    wait_for_step(30, tmp_path / "lost", first)
+    second.send_signal(signal.SIGKILL)
+    code, _, err = finished(first)
+    assert code == 1
+    assert "error: this is what one host sees when another is gone" in err
+    finished(second)
+    for process in on_two("lost"):
+        code, _, err = finished(process)
+        assert code == 0, err
+    assert records(tmp_path / "lost") == records(tmp_path / "two")
+    for line, wanted in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3)
+    assert (tmp_path / "lost" / "samples.png").read_bytes() == (tmp_path / "two" / "samples.png").read_bytes()
+    assert json.loads((tmp_path / "two" / "quality.json").read_text())["judge_accuracy"] > 0

@@ -240,3 +240,11 @@ def test_slices_lie_along_data():
 def test_a_process_loads_the_rows_that_its_devices_hold(processes, tensor, share):
     mesh = place.mesh([Chip(i, 0, process) for i, process in enumerate(processes)], tensor=tensor)
     assert place.share(mesh) == share
+
+
+@pytest.mark.slow
+def test_at_the_width_of_xl():
+    """Two blocks of DiT-XL over a mesh of all axes."""
+    ours = method(features=1152, heads=16)
+    one, many = (place.jit(ours, mesh) for mesh in (place.mesh(jax.devices()[:1]), place.mesh(fsdp=2, tensor=2)))
+    agree(trained(many, steps=range(2))[0], trained(one, steps=range(2))[0])
