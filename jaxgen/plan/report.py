@@ -177,7 +177,12 @@ def _times(roof: Roofline, estimated: Estimate) -> list[tuple[str, str]]:
         ("estimate: rows a second", " to ".join(f"{value:,.0f}" for value in estimated.per_second)),
     ]
     if estimated.dollars is not None:
-        lines.append(("estimate: $ a million rows", " to ".join(f"{value:,.2f}" for value in estimated.dollars)))
+        lines.append(
+            (
+                "estimate: $ a million rows",
+                " to ".join(f"{v:,.2f}" if v >= 0.1 else f"{v:.1g}" for v in estimated.dollars),
+            )
+        )
     return lines
 
 
