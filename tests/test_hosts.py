@@ -68,9 +68,24 @@ def final(workdir):
 JOIN = "import sys; from jaxgen import hosts; hosts.join(sys.argv[1], processes=3, process=int(sys.argv[2]), timeout=4)"
 
 
+def call(address, said):
+    host, port = address.split(":")
+    for _ in range(300):
+        try:
+            with socket.create_connection((host, int(port)), timeout=1) as caller:
+                caller.sendall(said)
+                return
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    raise AssertionError("nobody listens")
+
+
 def test_missing_hosts_are_counted_and_named():
     coordinator = f"127.0.0.1:{free_port()}"
-    ended = [finished(process) for process in [start("-c", JOIN, coordinator, 0), start("-c", JOIN, coordinator, 1)]]
+    waiting = [start("-c", JOIN, coordinator, 0), start("-c", JOIN, coordinator, 1)]
+    for said in (b"3\n", b"0\n", b"GET / HTTP/1.1\r\n\r\n"):  # strangers are not counted
+        call(coordinator, said)
+    ended = [finished(process) for process in waiting]
     for code, _, err in ended:
         assert code != 0
         assert "TimeoutError: 2 of 3 hosts arrived within 4 s, missing: process 2" in err
