@@ -179,6 +179,10 @@ push_p = _primitive("attend_push", _push)
 pull_p = _primitive("attend_pull", _pull, _pull_by_kernel)
 
 
+PLAIN: dict[Primitive, Callable[..., Any]] = {attend_p: _attend, push_p: _push, pull_p: _pull}
+"""What each computes, as ordinary JAX."""
+
+
 def _attend_jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Sequence[Array], Sequence[Array]]:
     return attend_p.bind(*primals), push_p.bind(*map(ad.instantiate_zeros, tangents), *primals)
 

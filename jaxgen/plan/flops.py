@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxgen.nets.flash import PLAIN
 from jaxgen.nets.trilinear import forward_p, to_input_p, to_kernel_p
 
 
@@ -43,6 +44,9 @@ def _of(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
     if equation.primitive in (forward_p, to_input_p, to_kernel_p):
         return _trilinear(equation)
+    if equation.primitive in PLAIN:
+        operands = (jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars)
+        return counted(PLAIN[equation.primitive], *operands)
     inner = [_count(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner, default=0.0)

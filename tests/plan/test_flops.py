@@ -48,3 +48,14 @@ def test_a_known_network():
     x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(lambda key: nets.init(network, key, x), jax.random.key(0))
     assert counted(network.apply, params, x) / 2 == pytest.approx(1.814e9, rel=0.01)
+
+
+def test_attention_by_a_kernel_counts_as_any_other():
+    x = jnp.zeros((2, 128, 3, 16))
+
+    def of(attention):
+        return counted(jax.value_and_grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2)), x, x, x)
+
+    product = 2 * 2 * 3 * 128 * 128 * 16
+    assert of(jax.nn.dot_product_attention) == 6 * product
+    assert of(nets.flash_attention) == 8 * product  # for the gradient the logits are computed again
