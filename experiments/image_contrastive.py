@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils.epath import Path
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import image_data, image_settings, image_training, planned, representation
 from experiments.image_settings import Platform, Settings
@@ -196,12 +196,14 @@ class Encoding:
         self._config, self._network = config, encoder_of(config)
         self._size = -(-ENCODED // mesh.size) * mesh.size
         self._apply = place.rows(self._network.apply, mesh)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
 
     def by(self, params: Params, training: np.ndarray | None) -> Features:
         """The features by these parameters; BatchNorm takes its statistics from training images, uint8."""
         if self._config.norm == "batch":
             assert training is not None
             params = image_training.calibrated(self._network, params, training)
+        params = jax.device_put(params, self._everywhere)  # once, not with every part
 
         def features(x: np.ndarray) -> np.ndarray:
             padded = np.concatenate([x, np.zeros((-len(x) % self._size, *x.shape[1:]), x.dtype)])

@@ -20,7 +20,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from jaxgen import checks
+from jaxgen import checks, hosts
 
 _SHOWN = 5  # mismatching leaves that an error names before it counts the others
 
@@ -82,8 +82,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, RuntimeError) and jax.process_count() > 1:
-            return  # another process is gone, without which no save can end
+        if hosts.lost(error):
+            return  # without the other no save can end
         try:
             self.close()
         except Exception as closing:

@@ -87,7 +87,7 @@ def main(
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         hosts.leave(2)
     except RuntimeError as error:
-        if jax.process_count() == 1 or os.environ.get("JAXGEN_TRACEBACK"):
+        if not hosts.lost(error) or os.environ.get("JAXGEN_TRACEBACK"):
             raise
         why = str(error).splitlines()[0][:300]
         print(

@@ -62,6 +62,7 @@ RUN = (
 JOURNAL = "sudo journalctl --no-pager --output=cat"
 NAMED = 'sed -u "s/^/$(hostname): /"'  # each line by its worker
 POLL = 20.0  # seconds
+PATIENCE = 5  # failures in a row, in a wait of days
 PATTERNS = {
     "name": r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?",
     "zone": r"[a-z]+-[a-z]+\d+-[a-z]",
@@ -302,8 +303,17 @@ def _wait(options: Resource) -> None:
     if options.dry_run:
         _calls([state], options)
         return
-    shown = ""
-    while (found := _call(state, read=True)) != "ACTIVE":
+    shown, failed = "", 0
+    while True:
+        try:
+            found, failed = _call(state, read=True), 0
+        except SystemExit:
+            failed += 1
+            if not shown or failed == PATIENCE:
+                raise
+            found = shown
+        if found == "ACTIVE":
+            break
         if found in ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING"):
             raise ValueError(f"{options.name} is {found} and will not become ACTIVE: `delete` it, `create` it anew")
         if found != shown:
@@ -324,7 +334,10 @@ def _status(options: Resource) -> None:
 
 
 def _profile(options: Profile) -> None:
-    _calls(profile(options), options)
+    calls = profile(options)
+    if not options.dry_run:
+        Path(options.out).mkdir(parents=True, exist_ok=True)  # else it would itself become "profile"
+    _calls(calls, options)
     if not options.dry_run:
         directory = shlex.quote(f"{options.out.rstrip('/')}/profile")
         print(f"to look at it: pip install xprof && xprof --port 6006 --logdir {directory}")

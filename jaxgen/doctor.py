@@ -10,6 +10,7 @@ Nothing of jaxgen or JAX is imported here, since an installation in which that f
 """
 
 import argparse
+import contextlib
 import glob
 import importlib.metadata
 import json
@@ -225,7 +226,8 @@ def find_requirements() -> tuple[dict[str, str], list[str]]:
     """Versions that are installed, and what jaxgen and JAX ask for."""
     installed: dict[str, str] = {}
     for found in importlib.metadata.distributions():
-        installed.setdefault(found.name.lower().replace("_", "-"), found.version)
+        if found.name:  # half removed packages have none
+            installed.setdefault(found.name.lower().replace("_", "-"), found.version)
     requirements: list[str] = []
     for name in ("jaxgen", "jax"):
         if name in installed:
@@ -238,7 +240,10 @@ def find_holders(paths: Sequence[str]) -> list[Holder]:
     holders = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            opened = {os.readlink(file) for file in (process / "fd").iterdir()}
+            opened = set()
+            for file in (process / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    opened.add(os.readlink(file))
             if opened & set(paths):
                 words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 holders.append(Holder(int(process.name), words[:80]))

@@ -11,6 +11,7 @@ again from the last checkpoint.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -27,6 +28,9 @@ from jaxgen import checks
 _PATIENCE = 5.0  # seconds for a line that is on its way
 _PAUSE = 0.2  # seconds between attempts to reach the first host
 _DAY = 24 * 3600
+# In what JAX says of a sum or a save that cannot end, in words of its service, of gRPC or of Gloo.
+_LOST = re.compile("unavailable|deadline|aborted|connect|heartbeat|gloo|barrier|peer", re.IGNORECASE)
+_steps = itertools.count(1)  # for `stopping`: not a training's steps, which begin anew with each
 
 
 def join(
@@ -40,7 +44,7 @@ def join(
 
     Args:
         coordinator: HOST:PORT of the first process, on which it will serve and which all others reach.
-        processes: how many there are.
+        processes: how many there are; 1 for this one alone, whatever the cluster says.
         process: which one this is, in [0, processes).
         timeout: seconds to wait for the others.
 
@@ -53,9 +57,9 @@ def join(
     >>> join()  # alone
     """
     checks.positive_integer("timeout", timeout)
-    _check(coordinator, processes, process)
-    if jax.distributed.is_initialized():
+    if processes == 1 or jax.distributed.is_initialized():
         return
+    _check(coordinator, processes, process)
     if coordinator is None or processes is None or process is None:
         coordinator, processes, process = _detected(timeout)
         _check(coordinator, processes, process)
@@ -90,13 +94,18 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def stopping(step: int) -> bool:
-    """Whether all processes are to stop after this step, because one has got a SIGTERM.
+def lost(error: BaseException | None) -> bool:
+    """Whether an error is what one host sees when another is gone; never where there is one process."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error))) and jax.process_count() > 1
 
-    To be called by every process after every step: the answer is yes in all of them after the same one, a step or two
-    after the signal. Always no where there is one process.
+
+def stopping() -> bool:
+    """Whether all processes are to stop now, because one has got a SIGTERM.
+
+    To be called by every process after every step but the last of a training: the answer is yes in all of them at the
+    same call, soon after the signal. Always no where there is one process.
     """
-    return jax.process_count() > 1 and bool(multihost_utils.reached_preemption_sync_point(step))
+    return jax.process_count() > 1 and bool(multihost_utils.reached_preemption_sync_point(next(_steps)))
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -146,7 +155,7 @@ def _asked(port: int, processes: int, timeout: int) -> str:
             raise OSError(error.errno, f"`coordinator` cannot serve on port {port}: {error.strerror}") from error
         while len(arrived) < processes - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(TimeoutError, ValueError):  # ValueError: a stranger's call
+            with contextlib.suppress(OSError, ValueError):  # a stranger's call
                 caller = stack.enter_context(server.accept()[0])
                 caller.settimeout(_PATIENCE)
                 with caller.makefile() as lines:
@@ -179,7 +188,7 @@ def _answered(host: str, port: int, process: int, timeout: int) -> str:
                     line = lines.readline()
             if line:
                 return line.strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:  # JAX's service, while an earlier run has not ended
             why = str(error)
         else:
             why = "it has hung up"

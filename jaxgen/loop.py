@@ -62,7 +62,7 @@ def run(
     """Trains, from the last checkpoint if there is one.
 
     On SIGTERM or SIGINT the loop finishes its step, saves and raises `Stopped`; a second signal acts at once. Of
-    several hosts a SIGTERM to one has all stop after the same step.
+    several hosts a SIGTERM to one has all stop after the same step, and SIGINT has its usual effect.
 
     Args:
         method: compiled, as by `place.jit`.
@@ -116,7 +116,7 @@ def run(
             reader.read()
             if done % log_every == 0 or done == steps:
                 reader.hold(done, metrics)
-            stopping = (bool(received) or hosts.stopping(done)) and done < steps
+            stopping = done < steps and (bool(received) or hosts.stopping())
             saving = checkpoints is not None and (done % save_every == 0 or done == steps or stopping)
             recorded = profile is not None and done == profile.window.stop
             due = [task for task in every if done % task.steps == 0]

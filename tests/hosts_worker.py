@@ -1,5 +1,6 @@
 """What test_hosts.py runs in each of several processes: a little training, with checkpoints."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jaxgen import data, hosts, loop, place, train
 from jaxgen.checkpoint import Checkpoints
 from jaxgen.log import Log
 
-STEPS = 120
+STEPS = int(os.environ.get("STEPS", "120"))
 
 
 def method():

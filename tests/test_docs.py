@@ -72,20 +72,15 @@ def test_gcloud_knows_every_option(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", EXPERIMENTS, ids=" ".join)
 def test_experiments_take_these_options(words, monkeypatch):
-    seen, offered = [], []
+    seen = []
     main = cli.main
 
     def parse(module, train, commands=None, *, args=None):
         commands = {name: command._replace(run=seen.append) for name, command in (commands or {}).items()}
-        offered.extend(commands)
-        if words[1] not in commands and not words[1].startswith("-"):
-            return
         main(module, train._replace(run=seen.append), commands, args=words[1:])
 
     monkeypatch.setattr(cli, "main", parse)
     importlib.import_module(words[0]).main()
-    if words[1] == "plan" and "plan" not in offered:
-        pytest.skip("experiments have no command `plan` yet")
     (options,) = seen
     if isinstance(options, image_settings.Settings):
         image_settings.check(options)

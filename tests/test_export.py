@@ -164,6 +164,7 @@ def test_another_solver_steps_eta_guidance_or_seed_compile_nothing(saved, compil
         (jax.random.key(5), jax.tree.map(jnp.float32, table(diffusion.ddpm, 2)), jnp.asarray(0.5), np.array([9, 10])),
     ]
     draw(*arguments[0])
+    assert compilations
     compilations.clear()
     results = [draw(*one) for one in arguments]
     assert not compilations
@@ -183,6 +184,7 @@ def test_a_batch_may_be_of_any_size(name, batches, tmp_path, compilations):
     live = jax.jit(sampler(network))
     for batch in batches:
         np.testing.assert_allclose(draw(*drawn(batch)), live(params, *drawn(batch)), rtol=0, atol=1e-5)
+    assert compilations
     compilations.clear()
     draw(*drawn(batches[0]))
     assert not compilations

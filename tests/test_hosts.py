@@ -23,9 +23,9 @@ def free_port():
         return listening.getsockname()[1]
 
 
-def start(*words, devices=1):
+def start(*words, devices=1, steps=120):
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "STEPS": str(steps),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }  # fmt: skip
     return subprocess.Popen(
@@ -33,10 +33,10 @@ def start(*words, devices=1):
     )
 
 
-def together(*words):
+def together(*words, **settings):
     """Two processes of one run."""
     coordinator = f"127.0.0.1:{free_port()}"
-    return [start(*words, coordinator, 2, process) for process in range(2)]
+    return [start(*words, coordinator, 2, process, **settings) for process in range(2)]
 
 
 def finished(process, timeout=120):
@@ -65,7 +65,9 @@ def final(workdir):
         return dict(leaves)
 
 
-JOIN = "import sys; from jaxgen import hosts; hosts.join(sys.argv[1], processes=3, process=int(sys.argv[2]), timeout=4)"
+JOIN = (
+    "import sys; from jaxgen import hosts; hosts.join(sys.argv[1], processes=3, process=int(sys.argv[2]), timeout=15)"
+)
 
 
 def call(address, said):
@@ -88,20 +90,21 @@ def test_missing_hosts_are_counted_and_named():
     ended = [finished(process) for process in waiting]
     for code, _, err in ended:
         assert code != 0
-        assert "TimeoutError: 2 of 3 hosts arrived within 4 s, missing: process 2" in err
+        assert "TimeoutError: 2 of 3 hosts arrived within 15 s, missing: process 2" in err
 
 
 def test_a_coordinator_that_is_not_there():
     coordinator = f"127.0.0.1:{free_port()}"
     code, _, err = finished(start("-c", JOIN, coordinator, 1))
     assert code != 0
-    assert f"ConnectionError: the first host cannot be reached at {coordinator} within 4 s" in err
+    assert f"ConnectionError: the first host cannot be reached at {coordinator} within 15 s" in err
 
 
 def test_alone_nothing_happens():
     hosts.join()
     assert hosts.first()
-    assert not hosts.stopping(1)
+    assert not hosts.stopping()
+    hosts.join(processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,8 @@ def test_one_process_computes_the_same(tmp_path, undisturbed):
 
 
 def test_a_sigterm_to_one_host_has_all_stop_after_the_same_step(tmp_path):
-    first, second = processes = together(WORKER, tmp_path)
+    # So many that it does not end before the others have heard, a second later.
+    first, second = processes = together(WORKER, tmp_path, steps=20_000)
     wait_for_step(20, tmp_path, first)
     second.send_signal(signal.SIGTERM)
     told = []

@@ -12,7 +12,8 @@ How long it lasts: JAX promises to run a program with versions up to 6 months ne
 to 3 weeks older (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees). To keep a model for
 longer keep its checkpoint too. The parameters can always be read: the file is one of safetensors.
 
-What it computes is what the function does, on a CPU bit by bit, with the same JAX on the same machine.
+What it computes is what the function does: on a CPU bit by bit, with the same JAX on the same machine and lengths that
+are fixed; to rounding with symbolic ones.
 """
 
 from jaxgen.export.program import Program, load, save

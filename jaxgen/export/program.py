@@ -101,8 +101,8 @@ def save(
 
     Raises:
         TypeError: what is given is no array, or results are in another kind of container.
-        ValueError: a platform is none of these, a parameter is of a dtype that files cannot hold, two leaves have one
-            name, or JAX cannot promise to run the program later.
+        ValueError: a platform is none of these, a parameter is of a dtype that files cannot hold, two arguments or
+            leaves have one name, or JAX cannot promise to run the program later.
         OSError: the file cannot be written.
 
     >>> import pathlib, tempfile
@@ -124,6 +124,8 @@ def save(
     for name, one in expected.items():
         check_dtype(name, one.dtype)
     names = _argument_names(function, len(arguments))
+    if len(set(names)) < len(names):
+        raise ValueError(f"`function` must have arguments of different names, got {', '.join(names)}")
     words = {
         "format": _FORMAT,
         "function": getattr(function, "__name__", type(function).__name__),
@@ -179,7 +181,7 @@ def load(file: str | os.PathLike[str], *, platform: str | None = None) -> Progra
         exported = jax.export.deserialize(bytearray(arrays[_PROGRAM + own]))
     except Exception as error:
         raise ValueError(f"{file}, by JAX {words['jax']}, cannot be read by JAX {jax.__version__}: {error}") from error
-    device = None if platform is None else jax.local_devices(backend=platform)[0]
+    device = jax.local_devices(backend=own)[0]
     params = jax.device_put([arrays[name] for name in words["params"]], device)
     return Program(exported, words, dict(zip(words["params"], params, strict=True)), own)
 

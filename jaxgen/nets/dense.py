@@ -1,4 +1,4 @@
-"""The linear layer, and the one way in which layers add their biases.
+"""The linear layer, and how it and the convolutions add their biases.
 
     y = x W + b                                                                                  (1)
 

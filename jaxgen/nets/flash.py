@@ -4,8 +4,10 @@
 
 needs tokens^2 logits a head. Flash attention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) visits them block by
 block, in the fast memory beside the arithmetic, and keeps none for the gradient: it computes them again. JAX ships
-such a kernel for TPUs, whose ``custom_vjp`` knows reverse mode alone; MeanFlow asks for ``jvp`` inside ``grad``. So
-here, as in ``trilinear``, a function and its derivatives are primitives that know one another:
+such a kernel for TPUs. Its gradient of the queries is first in parts, one for each block of keys, in their dtype: for
+blocks of 512 keys, heads of 128 features and bfloat16 an eighth of what float32 logits take. Its ``custom_vjp`` knows
+reverse mode alone; MeanFlow asks for ``jvp`` inside ``grad``. So here, as in ``trilinear``, a function and its
+derivatives are primitives that know one another:
 
     attend:  (q, k, v) -> o                               Eq. 1                                   (2)
     push:    (dq, dk, dv; q, k, v) -> do                  its tangent, linear in the first three  (3)
@@ -39,7 +41,8 @@ _BLOCK = 512  # tokens at a time: a block of float32 logits is then 1 MiB of the
 def flash_attention(query: Array, key: Array, value: Array) -> Array:
     """Eq. 1 without keeping logits: the ``attention`` of `SelfAttention` and `DiT` for many tokens on TPUs.
 
-    Products of bfloat16 are accumulated in float32, in which the softmax is too. Differentiable in every mode
+    Products of bfloat16 are accumulated in float32, in which the softmax is too; the kernel's gradient of the queries
+    is rounded once for every block of at most 512 keys. Differentiable in every mode
     and to every order; ``vmap`` adds to the batch.
 
     The kernel takes bfloat16 or float32, numbers of tokens that 128 divides, and heads of at most 128 features or of

@@ -3,7 +3,7 @@
 A name is a family and how many chips lie along each axis of a slice; behind a star, how many slices there are.
 "v5e:1x1" is one chip, "v6e:16x16" a whole pod of 256, "v5p:4x4x4*2" two slices of 64 chips each.
 
-Google's compiler for TPUs, libtpu, knows these slices by name and compiles for them anywhere.
+Google's compiler for TPUs, libtpu, knows these slices by name and compiles for them on any x86-64 Linux.
 """
 
 import functools

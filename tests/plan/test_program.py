@@ -82,7 +82,7 @@ def test_a_batch_that_is_too_large_does_not_fit():
     )
     assert not program.fits
     assert program.peak > program.capacity > 15 * 2**30
-    assert program.peak == pytest.approx(2**25 * WIDTH * 4, rel=3)
+    assert 2**25 * WIDTH * 4 <= program.peak <= 4 * 2**25 * WIDTH * 4
     assert plan.remedies(program, 1)
 
 
