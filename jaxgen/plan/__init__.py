@@ -12,7 +12,7 @@ numbers of the chips (`roofline`), and what is made of them are estimates, label
 
 * `topology`: slices by name.
 * `step`, `rows`: what `place.jit` and `place.rows` compile, compiled for them; a `Program` of facts.
-* `roofline`, `estimate`: the least time that it takes, and what it may reach.
+* `roofline`, `estimate`: the time that operations, memory and collectives need, and what it may reach.
 * `Plan`, `table`, `record`, `remedies`: for people, as JSON, and what helps where it does not fit.
 * `flops.counted`, `hlo.read`: operations as traced, and what a compiled program's text says.
 """

@@ -51,7 +51,7 @@ class Reading(NamedTuple):
 
     Attributes:
         collectives: by kind.
-        traffic: bytes that pass between the memory and the cores of one device, at most: what each instruction reads
+        traffic: bytes that pass between the memory and the cores of one device, about: what each instruction reads
             and writes, padded to the tiles that it lies in.
         exact: whether the rounds of all loops are known; else counts and bytes are the least they can be.
         transfers: instructions that exchange data with the host, by name.

@@ -86,6 +86,7 @@ def remedies(program: Program, fsdp: int, *, tensor: int = 1) -> list[str]:
     """What makes a program fit that does not, by this model of a device's memory.
 
         needed = (state + gradients) / (fsdp x tensor) + activations / (devices x microbatches)
+                 + parameters / tensor if fsdp > 1, gathered while a step lasts (`place.jit`)
 
     Args:
         program: as compiled.
@@ -98,7 +99,8 @@ def remedies(program: Program, fsdp: int, *, tensor: int = 1) -> list[str]:
     if program.fits or program.capacity is None:
         return []
     held, capacity, devices = program.whole + program.gradients, program.capacity, program.devices
-    kept = program.state + program.gradients / (fsdp * tensor)
+    gathered = program.gradients / tensor  # as many numbers as there are parameters
+    kept = program.state + program.gradients / (fsdp * tensor) + (gathered if fsdp > 1 else 0)
     each = max(program.peak - kept, 0.0)  # of activations, on a device
     activations = each * devices
     found = [
@@ -110,16 +112,21 @@ def remedies(program: Program, fsdp: int, *, tensor: int = 1) -> list[str]:
         if devices < more <= program.rows:
             found.append(f"{more} devices instead of {devices} hold it, {more - devices} more")
     most = devices // tensor
-    parts = [n for n in range(fsdp + 1, most + 1) if most % n == 0 and held / (n * tensor) + each <= capacity]
+    parts = [
+        n for n in range(fsdp + 1, most + 1) if most % n == 0 and held / (n * tensor) + gathered + each <= capacity
+    ]
     if parts:
         found.append(
-            f"fsdp={parts[0]} instead of {fsdp} makes room, {_size(held / (parts[0] * tensor))} of state and gradients"
+            f"fsdp={parts[0]} instead of {fsdp} makes room, {_size(held / (parts[0] * tensor))} of state and gradients "
+            f"and {_size(gathered)} of gathered parameters"
         )
     shares = [n for n in _divisors(program.rows // most) if kept + each / n <= capacity]
     if program.gradients and shares:
         found.append(f"microbatches={shares[0]} makes room, {_size(each / shares[0])} of activations")
-    if len(found) == 1 and (more := _slices((held + activations) / capacity)) <= program.rows:
-        found.append(f"{more} devices with fsdp={more} hold it")
+    if len(found) == 1 and gathered < capacity:
+        more = _slices((held + activations) / (capacity - gathered))
+        if more <= program.rows:
+            found.append(f"{more} devices with fsdp={more} hold it")
     if each > capacity / 2:
         found.append(
             "recomputing activations (remat) makes room if it leaves at most "
@@ -155,7 +162,7 @@ def _lines(program: Program, topology: Topology) -> list[tuple[str, str]]:
         ("  temporaries", _size(program.temporaries or 0)),
         ("operations, a device", f"{_operations(program.flops / program.devices)}"),
         ("  by XLA's count, loops once", "" if program.xla_flops is None else _operations(program.xla_flops)),
-        ("memory traffic, a device, at most", _size(reading.traffic)),
+        ("memory traffic, a device, about", _size(reading.traffic)),
         ("  by XLA's count, its loops once", "" if program.xla_bytes is None else _size(program.xla_bytes)),
         ("collectives", "; ".join(f"{each.runs} {each.kind}" for each in reading.collectives) or "none"),
         ("  of", "; ".join(_size(each.bytes) for each in reading.collectives)),
@@ -171,7 +178,7 @@ def _times(roof: Roofline, estimated: Estimate) -> list[tuple[str, str]]:
     between = "not estimated between slices" if roof.interconnect is None else _seconds(roof.interconnect)
     lines = [
         ("roofline: compute", _seconds(roof.compute)),
-        ("roofline: memory, at most", _seconds(roof.memory)),
+        ("roofline: memory, about", _seconds(roof.memory)),
         ("roofline: collectives", between),
         ("bound by", roof.bound),
         ("estimate: rows a second", " to ".join(f"{value:,.0f}" for value in estimated.per_second)),

@@ -15,7 +15,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 
 
 def traffic(each: Instruction, around: Mapping[str, Instruction], computations: Computations) -> int:
-    """The bytes that an instruction reads from the large memory and writes to it, at most.
+    """The bytes that an instruction reads from the large memory and writes to it, about.
 
     Args:
         each: of a computation that is not fused.

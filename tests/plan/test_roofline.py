@@ -69,10 +69,16 @@ def test_a_program_that_fits_needs_nothing():
 
 
 def test_a_large_state_is_split():
-    # 16 GB of state and gradients alone are too much, 8 + 3 are not
+    # 16 GB of state and gradients alone are too much; 8, 4 of gathered parameters and 3 are not
     said = plan.remedies(too_large(19 * 10**9), 1)
     assert any(line.startswith("fsdp=2 instead of 1 makes room, 7.5 GiB") for line in said)
     assert not any("devices instead of" in line or "microbatches" in line for line in said)
+
+
+def test_gathered_parameters_need_room():
+    # 8 GB a half and 3 GB of activations would fit; the 6 GB of whole parameters beside them do not, until fsdp=4
+    said = plan.remedies(too_large(19 * 10**9, state=10 * 10**9, whole=10 * 10**9, gradients=6 * 10**9), 1)
+    assert any(line.startswith("fsdp=4 instead of 1 makes room, 3.7 GiB") for line in said)
 
 
 def test_many_activations_are_spread():
@@ -85,14 +91,14 @@ def test_many_activations_are_spread():
 
 
 def test_where_nothing_alone_helps_devices_and_a_split_do():
-    # 20 GB of state and gradients and 24 GB of activations a device: 192 + 20 GB on devices of 16
+    # 20 GB of state and gradients and 24 GB of activations a device: 192 + 20 GB, on devices of 16 that gather 4
     said = plan.remedies(too_large(44 * 10**9, state=16 * 10**9, whole=16 * 10**9), 1)
-    assert any(line == "16 devices with fsdp=16 hold it" for line in said)
+    assert any(line == "32 devices with fsdp=32 hold it" for line in said)
     assert not any("makes room, " in line or "more" in line.split() for line in said)
 
 
 def test_layers_that_are_split_count():
-    # 32 GB over tensor=2 are 16; over fsdp=2 besides they are 8 and leave room for 3 GB
+    # 32 GB over tensor=2 are 16; over fsdp=2 besides they are 8 and leave room for 4 of parameters and 3 GB
     program = too_large(19 * 10**9, state=12 * 10**9, whole=24 * 10**9, gradients=8 * 10**9)
     said = plan.remedies(program, 1, tensor=2)
     assert any(line.startswith("fsdp=2 instead of 1 makes room, 7.5 GiB") for line in said)
