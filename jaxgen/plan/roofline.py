@@ -5,8 +5,8 @@ the longest of the three (Williams et al. 2009, Roofline: an insightful visual p
 
     seconds >= max(operations / peak, bytes of memory / bandwidth, bytes moved / interconnect)               (1)
 
-The bytes of memory are read from the program, about: where memory binds, this is an estimate and no bound. Real programs
-reach a part of that speed. That it is a fifth to three fifths is an assumption here, no measurement.
+The bytes of memory are read from the program, about: where memory binds, this is an estimate and no bound. Real
+programs reach a part of that speed. That it is a fifth to three fifths is an assumption here, no measurement.
 """
 
 from typing import NamedTuple
